@@ -31,7 +31,7 @@
 //! peer/listener   accept -> SO_PEERCRED, caller key (with pidfd on Kubernetes)  unreadable, or ended: close, count
 //! limits/gate     room, share and rate of this caller                   no room: wait a moment; refused: count, tell or close
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
-//! peer/connection parked until the first byte: no HTTP/2 state before it
+//! peer/connection parked until the first byte: no HTTP/2 state before it  no memory for it: refused, as at the gate
 //! peer/wire       each byte is written by who connected           another's: GOAWAY; with a descriptor: close
 //!                 :authority, which h2 would judge, is written over; the budget of frames between requests
 //! (hyper, tonic)  HTTP/2, decode; the connection carries its Peer

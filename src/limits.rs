@@ -98,7 +98,7 @@ pub mod waste;
 pub use accounts::ToldToGo;
 pub use admission::{Limits, UpdatePlace};
 pub use admitted::Admitted;
-pub use caller::{CallerKey, Families};
+pub use caller::{CallerKey, Families, WhoHolds};
 pub use gate::{ConnectionPermit, Gate};
 pub use gate_plan::GatePlan;
 pub use gate_settings::{ConnectionSettings, GatePlaces, GateRule, GateRules, GateSettings};

@@ -11,7 +11,7 @@ use crate::{
     config::Config,
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitsInForce,
+        self, CallerKey, ConnectionPermit, ConnectionRefusal, GatePlan, LimitsInForce,
         beyond_budget::BeyondBudget,
         budget::{BudgetFrom, MemoryBounds, MemoryBudget, MemorySettings},
         gate_plan::NoRoomError,
@@ -19,7 +19,7 @@ use crate::{
         room::Room,
     },
     os::{cgroup, headroom::Headroom, machine, peer_groups::peer_groups},
-    peer::{AcceptGate, Arrival, credentials::Credentials},
+    peer::{AcceptGate, Arrival, Peer, credentials::Credentials},
     store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::{health::HealthState, http},
 };
@@ -88,8 +88,14 @@ impl AcceptGate for AuditedGate {
         Some(Arc::clone(self.gate.room()))
     }
 
-    fn answer(&self, arrival: &Arrival, why: ConnectionRefusal) -> Option<HeaderMap> {
-        let wait = self.gate.wait(arrival.caller(), why);
+    fn refuse_begun(&self, place: &PlaceAtGate, peer: &Peer) -> ConnectionRefusal {
+        let why = self.gate.refuse_begun(&place.permit);
+        self.audit.not_let_in(AuditedProcess::from(peer), why);
+        why
+    }
+
+    fn answer(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<HeaderMap> {
+        let wait = self.gate.wait(caller, why);
         status::refused_connection(why, wait, self.gate.rejection_status())
     }
 

@@ -15,7 +15,7 @@ use crate::{
         holding::Notice,
         out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
-        refusal::Reason,
+        refusal::{Reason, Stage},
         report::{BucketName, Event, foremost},
         room::Short,
         shares::Taking,
@@ -177,7 +177,8 @@ impl Watch {
             Notice::ComeBack => "told to come back",
             Notice::Close => "closed",
         };
-        let Some(times) = self.complaints.note(caller, what, Instant::now()) else { return };
+        let Some(times) = self.complaints.note(self.gate.head(caller), what, Instant::now()) else { return };
+        let caller = self.gate.holder(caller);
         let limit = if short == Short::Memory { "memory limit" } else { "connection limit" };
         if held > share {
             tracing::warn!(
@@ -201,10 +202,11 @@ impl Watch {
 
     /// Says who was refused for want of room.
     fn tell_of_refusal(&self, refused: &OutOfRoom) {
-        let OutOfRoom { caller, refusal, held, share } = *refused;
-        if self.complaints.note(caller, refusal.text(), Instant::now()).is_none() {
+        let OutOfRoom { caller, head, refusal, held, share } = *refused;
+        if self.complaints.note(head, refusal.text(), Instant::now()).is_none() {
             return;
         }
+        let caller = self.gate.holder(caller);
         let short_of = refusal.text();
         let limit = match refusal {
             ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => "memory limit",
@@ -238,6 +240,14 @@ impl Watch {
         }
     }
 
+    /// The key of a bucket; of what the node is short of, a family is one.
+    fn key_text(&self, stage: Stage, name: &BucketName) -> String {
+        match name {
+            BucketName::Caller(caller) if stage == Stage::Node => self.gate.holder(*caller).to_string(),
+            name => name.to_string(),
+        }
+    }
+
     fn accounted(&self) -> Accounted {
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
@@ -259,6 +269,7 @@ impl Watch {
         for settled in self.complaints.settle(Instant::now()) {
             match settled {
                 Settled::Over { caller, reason, count } => {
+                    let caller = self.gate.holder(caller);
                     tracing::info!(caller = %caller, reason, count, "caller has room again");
                 }
                 Settled::Unlisted { count } => {
@@ -285,10 +296,11 @@ impl Watch {
                         _ => (None, None),
                     };
                     let limit = if reason == Reason::Memory { "memory limit" } else { "rate limit" };
+                    let key = self.key_text(stage, &name);
                     let (stage, reason, method) = (stage.text(), reason.text(), method.map(Method::rpc));
                     tracing::warn!(
                         stage,
-                        key = %name,
+                        key,
                         method,
                         reason,
                         held,
@@ -299,7 +311,13 @@ impl Watch {
                     );
                 }
                 Event::RefusalEnded { stage, name, count } => {
-                    tracing::info!(stage = stage.text(), key = %name, count, "rate limit: caller is no longer refused");
+                    let key = self.key_text(stage, &name);
+                    tracing::info!(
+                        stage = stage.text(),
+                        key,
+                        count,
+                        "rate limit: caller is no longer refused"
+                    );
                 }
                 Event::RefusalsUnlisted { count } => {
                     tracing::warn!(

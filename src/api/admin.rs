@@ -29,7 +29,7 @@ use crate::{
     },
     identity::Entry,
     limits::{
-        self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method,
+        self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method, WhoHolds,
         budget::Pressure,
         gate_standings::{HeldByCaller, MemoryStanding, SharesNow},
         refusal::Stage,
@@ -242,7 +242,7 @@ impl AdminParts {
             heaviest: heaviest.into_iter().map(|(stage, heavy)| self.heavy(stage, &heavy)).collect(),
             connections: connections
                 .into_iter()
-                .map(|(caller, open, held)| connections_of(caller, (open, held)))
+                .map(|(holder, open, held)| connections_of(holder, (open, held)))
                 .collect(),
             node_connections: self.gate.connections(),
             attestations_in_flight: self.limits.attestations(),
@@ -282,15 +282,16 @@ impl AdminParts {
         let SharesNow { bytes, connections } = self.gate.shares();
         let heaviest = self.gate.heaviest(1).into_iter().next();
         pb::Holding {
-            caller: Some(connections_of(caller, own)),
-            family: family.map(|held| connections_of(caller, held)),
+            caller: Some(connections_of(WhoHolds { caller, others: 0 }, own)),
+            family: family.map(|held| connections_of(self.gate.holder(caller), held)),
             most,
             short_of: self.short_of(),
             share: bytes,
             share_of_connections: connections,
             node_connections: self.gate.connections(),
             most_connections: self.gate.most_connections(),
-            heaviest: heaviest.map(|(caller, open, held)| connections_of(caller, (open, held))),
+            heaviest: heaviest.map(|(holder, open, held)| connections_of(holder, (open, held))),
+            refused: self.gate.refused(caller),
         }
     }
 
@@ -303,14 +304,18 @@ impl AdminParts {
 
     fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {
         let standing = match (&heavy.name, stage) {
-            (BucketName::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller)),
+            (BucketName::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller).1),
             (name, _) => Method::ALL
                 .into_iter()
                 .find(|method| method.rpc() == heavy.what)
                 .and_then(|method| self.limits.standing(name, method)),
         };
+        let mut bucket = bucket(stage, &heavy.name, heavy.what, standing);
+        if heavy.name == BucketName::WithoutBucket {
+            bucket.limit = pb::Limit::Several.into();
+        }
         pb::Heavy {
-            bucket: Some(bucket(stage, &heavy.name, heavy.what, standing)),
+            bucket: Some(bucket),
             used: heavy.used,
             refused: heavy.refused,
             takings: takings(heavy.takings.clone()),
@@ -361,13 +366,17 @@ impl AdminParts {
 
     /// The buckets of a caller and of what it is served.
     fn buckets(&self, caller: CallerKey, matches: &[(Arc<Entry>, String)]) -> Vec<pb::Bucket> {
-        let gate =
-            bucket(Stage::Gate, &BucketName::Caller(caller), "connections", Some(self.gate.standing(caller)));
-        let mut all = vec![gate];
-        for method in Method::ALL {
-            let (name, standing) = self.limits.caller_standing(caller, method);
-            all.push(self.bucket_of(Stage::Caller, &name, method, standing));
-        }
+        let (name, standing) = self.gate.standing(caller);
+        let mut all = vec![bucket(Stage::Gate, &name, "connections", Some(standing))];
+        let mut of_caller: Vec<_> =
+            Method::ALL.map(|method| (method, self.limits.caller_standing(caller, method))).into();
+        // Those that it shares with others come last.
+        of_caller.sort_by_key(|(_, (name, _))| *name == BucketName::WithoutBucket);
+        all.extend(
+            of_caller
+                .into_iter()
+                .map(|(method, (name, standing))| self.bucket_of(Stage::Caller, &name, method, standing)),
+        );
         let mut told: Vec<(String, &'static str)> = Vec::new();
         for (entry, _) in matches.iter().filter(|(_, withheld)| withheld.is_empty()) {
             for method in Method::ALL.into_iter().filter(|method| method.has_identity()) {
@@ -419,8 +428,8 @@ fn said_of(said: AttestorSaid) -> pb::Said {
     }
 }
 
-fn connections_of(caller: CallerKey, (open, held): (u32, u64)) -> pb::Connections {
-    pb::Connections { caller: caller.to_string(), open, held }
+fn connections_of(WhoHolds { caller, others }: WhoHolds, (open, held): (u32, u64)) -> pb::Connections {
+    pb::Connections { caller: caller.to_string(), open, held, others }
 }
 
 fn why(key: CallerKey, source: KeySource) -> pb::Caller {

@@ -371,6 +371,7 @@ mod tests {
                 ("draining", RequestError::Draining),
                 ("sent_away", RequestError::SentAway),
                 ("crowded", RequestError::Crowded),
+                ("no_memory", RequestError::NoMemory),
                 ("not_implemented", RequestError::NoWitSvids),
                 ("not_implemented", RequestError::NoWitBundles),
             ]

@@ -10,7 +10,10 @@ use tokio::time::{Instant, sleep};
 use super::{answers::federated, status::RequestError};
 use crate::{
     identity::{Bundle, Entry},
-    limits::{holding::AnswerInTheMaking, patience::FOR_TOKENS},
+    limits::{
+        holding::{AnswerInTheMaking, Holding},
+        patience::FOR_TOKENS,
+    },
     peer::Peer,
     store::Snapshot,
 };
@@ -30,17 +33,23 @@ const AGAIN: Duration = Duration::from_millis(10);
 /// a moment where there is none: answers are made in little time.
 ///
 /// # Errors
-/// [`RequestError::Crowded`] when memory stays about to run out, the caller holds the least share there is, and other large
+/// [`RequestError::NoMemory`] when memory stays about to run out, the caller holds the least share there is, and other large
 /// answers of its own are being made.
 pub(super) async fn room_for(answer: usize, peer: &Peer) -> Result<Option<AnswerInTheMaking>, RequestError> {
-    let Some(holding) = peer.holding().filter(|_| answer > SMALL) else { return Ok(None) };
+    match peer.holding().filter(|_| answer > SMALL) {
+        Some(holding) => room_in(holding, answer).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+async fn room_in(holding: &Arc<Holding>, answer: usize) -> Result<AnswerInTheMaking, RequestError> {
     let bytes = u64::try_from(answer.saturating_mul(COPIES)).unwrap_or(u64::MAX);
     let until = Instant::now() + FOR_TOKENS;
     loop {
         match holding.try_make(bytes) {
-            None if Instant::now() >= until => return Err(RequestError::Crowded),
+            None if Instant::now() >= until => return Err(RequestError::NoMemory),
             None => sleep(AGAIN).await,
-            made => return Ok(made),
+            Some(made) => return Ok(made),
         }
     }
 }
@@ -70,4 +79,42 @@ fn authorities_len(bundle: &Bundle) -> usize {
 fn federated_len(snapshot: &Snapshot, entries: &[Arc<Entry>], len: impl Fn(&Bundle) -> usize) -> usize {
     let known = federated(entries).into_iter().filter_map(|td| snapshot.bundles.federated.get(td));
     known.map(|bundle| len(bundle)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::{
+        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits},
+        os::clock::Clock,
+        telemetry::registry::Registry,
+    };
+
+    /// One call alone on its connection, for whose answer there is no memory, hears that, and not that others are in its way.
+    #[tokio::test(start_paused = true)]
+    async fn who_finds_no_memory_for_its_answer_hears_so() {
+        const MIB: u64 = 1 << 20;
+        const LARGE: usize = 314 * 1024;
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(64 * MIB)).unwrap(), &limits);
+        let [asks, hog] = [1, 2].map(|uid| gate.open(CallerKey::Uid(uid)).unwrap());
+        hog.holding().hold(61 * MIB);
+        let refused = room_in(asks.holding(), LARGE).await.unwrap_err();
+        assert!(matches!(refused, RequestError::NoMemory), "{refused}");
+        let told = tonic::Status::from(refused);
+        assert_eq!(told.code(), tonic::Code::Unavailable);
+        assert!(
+            told.message().contains("none for an answer as large") && !told.message().contains("other calls")
+        );
+        assert!(told.metadata().contains_key(crate::peer::PUSHBACK));
+        let waits = room_in(asks.holding(), LARGE);
+        let (made, ()) = tokio::join!(timeout(FOR_TOKENS, waits), async {
+            sleep(FOR_TOKENS / 2).await;
+            hog.holding().release(61 * MIB);
+        });
+        assert!(made.unwrap().is_ok(), "as soon as there is some");
+    }
 }

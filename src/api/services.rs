@@ -211,7 +211,7 @@ impl Services {
 fn reflected(reflection: &Reflection, request: Request<GrpcBody>) -> GrpcAnswer {
     let peer = request.extensions().get::<Arc<Peer>>();
     let room = match peer.and_then(|peer| peer.holding()).map(|holding| holding.try_keep(REFLECTION)) {
-        Some(None) => return answered(RequestError::Crowded.into()),
+        Some(None) => return answered(RequestError::NoMemory.into()),
         Some(room) => room,
         None => None,
     };

@@ -80,6 +80,9 @@ pub enum RequestError {
     /// The node is short of memory, and the call would have to wait in it behind others of its connection.
     #[error("the agent is short of memory, and other calls of this connection have not ended")]
     Crowded,
+    /// Memory is about to run out, and there is none to make the answer in.
+    #[error("the agent is short of memory, and has none for an answer as large as this one; try again")]
+    NoMemory,
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -157,6 +160,7 @@ impl RequestError {
             Self::Draining => "draining",
             Self::SentAway => "sent_away",
             Self::Crowded => "crowded",
+            Self::NoMemory => "no_memory",
             Self::NoWitSvids | Self::NoWitBundles => "not_implemented",
             Self::NoPeer => "no_peer",
         }
@@ -184,7 +188,8 @@ impl RequestError {
             | Self::X509Svid(_)
             | Self::Draining
             | Self::SentAway
-            | Self::Crowded => Code::Unavailable,
+            | Self::Crowded
+            | Self::NoMemory => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
@@ -206,7 +211,7 @@ impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         match &error {
             RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.wait()),
-            RequestError::Crowded | RequestError::NotKnown => {
+            RequestError::Crowded | RequestError::NoMemory | RequestError::NotKnown => {
                 refused(error.code(), &error.to_string(), Some(COME_BACK))
             }
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) if cause.retry_after().is_some() => {
@@ -242,6 +247,11 @@ pub fn refused_connection(
         R::CallerRate => {
             (limit, "rate limit exceeded: this caller connects more often than ratelimit.gate allows")
         }
+        R::OverflowRate => (
+            limit,
+            "rate limit exceeded: the callers without a bucket of their own (ratelimit.keys) connect more often than ratelimit.gate \
+             allows",
+        ),
         R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
         R::Descriptors => {
             (Code::Unavailable, "the agent is short of connections, and this caller has its share of them")

@@ -157,7 +157,7 @@ impl Behind {
     /// When to try again, after what went before; `None` where that is of no use.
     fn after(error: &RequestError, before: Option<Self>) -> Option<Self> {
         let (wait, follows_changes) = match error {
-            RequestError::X509Svid(_) | RequestError::Crowded => (RETRY, true),
+            RequestError::X509Svid(_) | RequestError::Crowded | RequestError::NoMemory => (RETRY, true),
             RequestError::Attestation(cause) if cause.blame() != Blame::Refusal => {
                 let before = before.filter(|before| !before.follows_changes);
                 let wait = before.map_or(ATTEST_RETRY, |before| (before.wait * 2).min(MAX_ATTEST_RETRY));

@@ -85,6 +85,7 @@ pub(super) fn limit_name(limit: pb::Limit) -> &'static str {
         pb::Limit::Unlimited => "unlimited",
         pb::Limit::Exempt => "exempt",
         pb::Limit::Blocked => "blocked",
+        pb::Limit::Several => "several",
     }
 }
 
@@ -111,7 +112,16 @@ pub(super) fn taker(taking: &pb::Taking) -> &str {
 
 /// What a caller has open and holds, for programs.
 pub(super) fn connections_json(it: &pb::Connections) -> serde_json::Value {
-    serde_json::json!({ "caller": it.caller, "open": it.open, "held": it.held })
+    serde_json::json!({ "caller": it.caller, "others": it.others, "open": it.open, "held": it.held })
+}
+
+/// What is said behind the name of a caller of whom others of its family are told with it.
+pub(super) fn others_text(it: &pb::Connections) -> String {
+    match it.others {
+        0 => String::new(),
+        1 => " and 1 other of its range".to_owned(),
+        others => format!(" and {others} others of its range"),
+    }
 }
 
 /// One of those who take from a bucket as JSON.

@@ -8,8 +8,8 @@ use serde_json::json;
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, share_text, shorten,
-        table, taker, taking_json, tokens,
+        AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, others_text,
+        share_text, shorten, table, taker, taking_json, tokens,
     },
     argv::process_id,
     terminal::{Terminal, clean, width},
@@ -203,6 +203,11 @@ fn held(out: &mut String, it: &pb::Holding, width: usize) {
             .as_ref()
             .map(|family| format!("with all that are its user's (/etc/subuid): {}", held(family))),
     );
+    lines.extend(match it.refused {
+        0 => None,
+        1 => Some("1 of its connections was refused".to_owned()),
+        refused => Some(format!("{refused} of its connections were refused")),
+    });
     lines
         .push(format!("all callers: {} connections of at most {}", it.node_connections, it.most_connections));
     if it.short_of.is_empty() {
@@ -212,9 +217,10 @@ fn held(out: &mut String, it: &pb::Holding, width: usize) {
         let share = share.map_or_else(String::new, |share| format!("; the share of each is {share}"));
         lines.push(format!("short of {}{share}", clean(&it.short_of.join(", "))));
     }
-    lines.extend(
-        it.heaviest.as_ref().map(|most| format!("{} holds most: {}", clean(&most.caller), held(most))),
-    );
+    lines.extend(it.heaviest.as_ref().map(|most| {
+        let hold = if most.others == 0 { "holds" } else { "hold" };
+        format!("{}{} {hold} most: {}", clean(&most.caller), others_text(most), held(most))
+    }));
     for line in lines {
         out.push_str(&indented(&line, "  ", width));
     }
@@ -376,6 +382,7 @@ fn to_json(told: &pb::ExplainResponse) -> serde_json::Value {
             "node_connections": it.node_connections,
             "most_connections": it.most_connections,
             "heaviest": it.heaviest.as_ref().map(connections_json),
+            "refused": it.refused,
         })
     };
     let caller = told.caller.clone().unwrap_or_default();
@@ -422,7 +429,7 @@ mod tests {
             withheld: withheld.to_owned(),
         };
         let connections =
-            |caller: &str, open, held| pb::Connections { caller: caller.to_owned(), open, held };
+            |caller: &str, open, held| pb::Connections { caller: caller.to_owned(), open, held, others: 0 };
         let untold = |kind: &str, why: &str, decides| pb::Untold {
             kind: kind.to_owned(),
             why: why.to_owned(),
@@ -456,7 +463,8 @@ mod tests {
                 share_of_connections: Some(8),
                 node_connections: 360,
                 most_connections: 400,
-                heaviest: Some(connections("uid:7", 1, 3 << 20)),
+                heaviest: Some(pb::Connections { others: 299, ..connections("uid:7", 900, 3 << 20) }),
+                refused: 58,
             }),
             untold: vec![
                 untold("unix:path", "it hangs", true),
@@ -513,9 +521,10 @@ Entries that nearly match:
 Held:
   pod:x: 2 connections, 66 KiB; it may have 2 connections (ratelimit.gate)
   with all that are its user's (/etc/subuid): 5 connections, 99 KiB
+  58 of its connections were refused
   all callers: 360 connections of at most 400
   short of memory, connections; the share of each is 80 KiB, 8 connections
-  uid:7 holds most: 1 connection, 3072 KiB
+  uid:7 and 299 others of its range hold most: 900 connections, 3072 KiB
 
 Limits:
 STAGE     KEY              METHOD             TOKENS LEFT
@@ -531,7 +540,12 @@ spiffe://td/web  FetchJWTSVID  uid:7     70        8
 "
         );
         assert_eq!(to_json(&told)["untold"][0]["kind"], "unix:path");
-        assert_eq!(to_json(&told)["holding"]["heaviest"]["open"], 1);
+        let json = to_json(&told);
+        assert_eq!(
+            (&json["holding"]["heaviest"]["open"], &json["holding"]["refused"]),
+            (&json!(900), &json!(58))
+        );
+        assert_eq!(json["holding"]["heaviest"]["others"], 299);
         assert_eq!(to_json(&told)["nearest"][0]["entry"]["entry_id"], "db");
         assert!(pretty(&pb::ExplainResponse::default(), names, 80).contains("no identity"));
         let untold = pb::ExplainResponse { matches: Vec::new(), nearest: Vec::new(), ..told };

@@ -20,7 +20,7 @@ use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
         AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, mebibytes, memory_json,
-        share_text, table, taker, taking_json, tokens,
+        others_text, share_text, table, taker, taking_json, tokens,
     },
     argv::number_up_to,
     terminal::{Terminal, clean, width},
@@ -301,7 +301,8 @@ fn connection_table(
         [Column::Left("CALLER"), Column::Right(open), Column::Right("HELD"), Column::Right("SHARE")];
     let share = share_text(now.share, now.share_of_connections);
     let row = |it: &pb::Connections| {
-        [names.of(&it.caller), it.open.to_string(), kibibytes(it.held), share.clone().unwrap_or_default()]
+        let caller = names.of(&it.caller) + &others_text(it);
+        [caller, it.open.to_string(), kibibytes(it.held), share.clone().unwrap_or_default()]
     };
     let rows: Vec<[String; 4]> = now.connections.iter().take(most).map(row).collect();
     if share.is_some() {
@@ -499,7 +500,12 @@ mod tests {
                     takings: vec![pb::Taking { caller: "uid:8".to_owned(), used: 5, refused: 6 }],
                 },
             ],
-            connections: vec![pb::Connections { caller: "uid:1000".to_owned(), open: 3, held: 99 << 10 }],
+            connections: vec![pb::Connections {
+                caller: "uid:1000".to_owned(),
+                open: 3,
+                held: 99 << 10,
+                others: 0,
+            }],
             node_connections: 3,
             attestations_in_flight: 1,
             memory: Some(pb::Memory {
@@ -551,6 +557,11 @@ CALLER    OPEN CONNECTIONS    HELD                  SHARE
 uid:1000                 3  99 KiB  80 KiB, 8 connections
 ";
         assert!(pretty(&short, 10, &mut names, 80).contains(table));
+        let mut family = now.clone();
+        family.connections[0].others = 2;
+        let row = "uid:1000 and 2 others of its range                 3  99 KiB\n";
+        let shown = pretty(&family, 10, &mut names, 80);
+        assert!(shown.contains(row), "{shown}");
         assert_eq!((&to_json(&short)["share"], &to_json(&now)["share"]), (&json!(80 << 10), &json!(null)));
         let spare = pb::LimitsResponse {
             short_of: vec!["processor".to_owned()],

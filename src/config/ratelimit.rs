@@ -147,6 +147,7 @@ impl Context<'_> {
     fn gate(&self, mut block: Section<'_>, gate: &mut GateSettings) {
         let s = &mut block;
         let most = places(s, gate);
+        s.problems().note_key(beyond_budget::ADMIN, s.set_at("admin"));
         set(&mut gate.admin, s.integer("admin", GateSettings::ADMIN).map(|at| at.value));
         if let Some(block) = s.block("connection") {
             connection(block, &mut gate.connection);
@@ -238,8 +239,8 @@ fn gate_rule(s: &mut Section<'_>, base: &GateRule, most: Option<u32>) -> Result<
     let dry_run = s.boolean("dry_run");
     let good = (connections.is_some() || !s.has("connections")) && (dry_run.is_some() || !s.has("dry_run"));
     let rate = rate?.map(|bound| bound.limit).or(base.rate);
-    if let (Some(at), Some(Limit::Exempt | Limit::Block | Limit::Unlimited)) = (connections, rate) {
-        let message = "has no effect beside exempt, block or unlimited: take one of them out";
+    if let (Some(at), Some(Limit::Exempt | Limit::Block)) = (connections, rate) {
+        let message = "has no effect beside exempt or block: take one of them out";
         s.wrong(at.place, "connections", Some(at.value.to_string()), message);
         return Err(Reported);
     }
@@ -371,6 +372,7 @@ fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {
     set(&mut memory.limit, limit.map(|at| at.value));
     let keys = ["shrink_caches_at", "refuse_new_at", "close_heaviest_at"];
     s.problems().note_key(beyond_budget::SHRINK_CACHES_AT, s.set_at("shrink_caches_at"));
+    s.problems().note_key(beyond_budget::REFUSE_NEW_AT, s.set_at("refuse_new_at"));
     let written = keys.map(|key| s.integer(key, MemorySteps::RANGE));
     let mut percents = memory.steps.percents();
     for (percent, at) in percents.iter_mut().zip(written) {

@@ -5,12 +5,12 @@
 //! [`OWING`] of those that have none and were answered too much in vain: forgotten, they would get tokens back.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
 use super::{
-    caller::CallerKey,
+    caller::{CallerKey, WhoHolds},
     holding::{GroupHeld, HeldBytes, HeldSums, Holding, NodeHeld, Notice},
     room::Short,
     shortage::Cut,
@@ -88,6 +88,13 @@ pub(super) struct OpenPlace {
     order: u64,
 }
 
+impl OpenPlace {
+    /// Whose it is.
+    pub(super) fn caller(&self) -> CallerKey {
+        self.caller
+    }
+}
+
 #[derive(Debug, Default)]
 struct CallerAccount {
     open: u32,
@@ -104,6 +111,18 @@ struct GroupAccount {
 impl GroupAccount {
     fn open(&self) -> u32 {
         u32::try_from(self.open.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Of its callers the one with the lowest number, and how many others there are.
+    fn holder(&self) -> Option<WhoHolds> {
+        let callers: HashSet<CallerKey, ahash::RandomState> =
+            self.open.values().map(|(caller, _)| *caller).collect();
+        let number = |caller: &CallerKey| match caller {
+            CallerKey::Uid(uid) => *uid,
+            CallerKey::Pod(_) => u32::MAX,
+        };
+        let caller = callers.iter().copied().min_by_key(number)?;
+        Some(WhoHolds { caller, others: u32::try_from(callers.len() - 1).unwrap_or(u32::MAX) })
     }
 
     fn weight(&self, by: Weight) -> u64 {
@@ -209,14 +228,22 @@ impl Accounts {
         }
     }
 
-    /// The callers that hold most bytes: with their connections, and these bytes.
-    pub(super) fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32, u64)> {
-        let of =
-            |(caller, account): (&CallerKey, &CallerAccount)| (*caller, account.open, account.held.bytes());
-        let mut all: Vec<_> = self.callers.iter().map(of).collect();
-        all.sort_by_key(|(_, open, bytes)| std::cmp::Reverse((*bytes, *open)));
+    /// Who holds most bytes, a family as one: with their connections, and these bytes.
+    pub(super) fn heaviest(&self, n: usize) -> Vec<(WhoHolds, u32, u64)> {
+        let mut all: Vec<(u64, u32, &GroupAccount)> = self
+            .groups
+            .values()
+            .filter(|account| !account.open.is_empty())
+            .map(|account| (account.held.bytes(), account.open(), account))
+            .collect();
+        all.sort_by_key(|(bytes, open, _)| std::cmp::Reverse((*bytes, *open)));
         all.truncate(n);
-        all
+        all.into_iter().filter_map(|(bytes, open, account)| Some((account.holder()?, open, bytes))).collect()
+    }
+
+    /// Who has the connections of a group; `None` where it has none.
+    pub(super) fn holder(&self, group: u64) -> Option<WhoHolds> {
+        self.groups.get(&group)?.holder()
     }
 
     /// The highest weight that groups can have, each of them at most, so that they weigh `target` together.
@@ -381,8 +408,17 @@ mod tests {
                 prop_assert_eq!([0, 1].map(|group| accounts.of_group(group).1), [sum(0), sum(1)]);
                 prop_assert_eq!(accounts.node.bytes(), sum(0) + sum(1));
                 let own: u64 = open.iter().filter(|it| it.0 == 1).map(|it| it.2.bytes()).sum();
-                let told = accounts.heaviest(9).into_iter().find(|it| it.0 == CallerKey::Uid(1));
-                prop_assert_eq!(told.map_or(0, |it| it.2), own);
+                prop_assert_eq!(accounts.of_caller(&CallerKey::Uid(1)).1, own);
+                // A family is one of those that hold most.
+                let has = |uid| open.iter().any(|it| it.0 == uid);
+                let holder = match (has(0), has(1)) {
+                    (false, false) => None,
+                    (true, true) => Some(WhoHolds { caller: CallerKey::Uid(0), others: 1 }),
+                    (first, _) => Some(WhoHolds { caller: CallerKey::Uid(if first { 0 } else { 1 }), others: 0 }),
+                };
+                let told = accounts.heaviest(9).into_iter().find(|it| Some(it.0) == holder);
+                prop_assert_eq!(told.map_or(0, |it| it.2), sum(0));
+                prop_assert_eq!(accounts.holder(0), holder);
             }
             for (_, place, holding) in open {
                 accounts.take(&place);

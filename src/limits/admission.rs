@@ -443,7 +443,8 @@ impl Ledger {
             retry_after: FOR_TOKENS,
             origin: Origin::ByDefault,
         };
-        self.refuse(&question, lack, || Some(BucketName::Caller(taker.caller)))
+        // What it holds it holds with its family.
+        self.refuse(&question, lack, || Some(BucketName::Caller(plan.families.head(taker.caller))))
     }
 
     /// A place among the attestations in flight, and for a method without identity the node's bucket.

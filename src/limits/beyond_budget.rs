@@ -22,9 +22,11 @@ pub struct BeyondBudget {
 /// The keys that are looked at, as [`BeyondBudget::key`] has them.
 pub const CONNECTIONS: &str = "ratelimit.gate.connections";
 pub const RESERVE: &str = "ratelimit.gate.reserve";
+pub const ADMIN: &str = "ratelimit.gate.admin";
 pub const STREAMS: &str = "ratelimit.gate.connection.streams";
 pub const KEYS: &str = "ratelimit.keys";
 pub const SHRINK_CACHES_AT: &str = "ratelimit.memory.shrink_caches_at";
+pub const REFUSE_NEW_AT: &str = "ratelimit.memory.refuse_new_at";
 
 impl LimitSettings {
     /// What of these settings a budget of so many bytes can never have: `whose` is what sets it, and `set_at` where a key is
@@ -78,6 +80,18 @@ impl LimitSettings {
                 ),
             );
         }
+        let (admin, most) = (self.gate.admin, budget / budget::ADMIN_SHARE / budget::ADMIN_CONNECTION);
+        if u64::from(admin) > most {
+            add(
+                ADMIN,
+                admin,
+                format!(
+                    "take {} bytes when all are open, and {whose} is {budget}, of which they may have an eighth: it must be at most \
+                     {most}",
+                    u64::from(admin) * budget::ADMIN_CONNECTION
+                ),
+            );
+        }
         if fewest_take(streams) > budget {
             let fit = ConnectionSettings::STREAMS.rev().find(|streams| fewest_take(*streams) <= budget);
             let right = fit.map_or_else(
@@ -121,6 +135,23 @@ impl LimitSettings {
                 ),
             );
         }
+        let end = budget.saturating_sub(budget::spare(budget));
+        let steps = [(SHRINK_CACHES_AT, Pressure::ShrinkCaches), (REFUSE_NEW_AT, Pressure::RefuseNew)];
+        for ((key, step), percent) in steps.into_iter().zip(self.memory.steps.percents()) {
+            let from = self.memory.lines(step, budget).0;
+            if from > end {
+                add(
+                    key,
+                    percent.into(),
+                    format!(
+                        "is {from} bytes, as {whose} is {budget}, and the last {} of that are for nobody: memory would run out \
+                         before; it must be at most {}",
+                        budget - end,
+                        u128::from(end) * 100 / u128::from(budget.max(1))
+                    ),
+                );
+            }
+        }
         found
     }
 
@@ -159,9 +190,10 @@ mod tests {
             change(&mut settings, value);
             settings
         };
-        let table: [(&str, Change, u32); 4] = [
+        let table: [(&str, Change, u32); 5] = [
             (CONNECTIONS, |it, n| it.gate.places = places(Some(n), None), 744),
             (RESERVE, |it, n| it.gate.places = places(None, Some(n)), 614),
+            (ADMIN, |it, n| it.gate.admin = n, 76),
             (STREAMS, |it, n| it.gate.connection.streams = n, 365),
             (KEYS, |it, n| it.keys = TableSize::new(n).unwrap(), 18_724),
         ];
@@ -183,6 +215,30 @@ mod tests {
             settings.memory.steps = MemorySteps::new([percent, 85, 95]).unwrap();
             let found = settings.beyond(BUDGET, "it", |_| Some(String::new()));
             assert_eq!(found.is_empty(), fits, "{found:?}");
+        }
+    }
+
+    /// The last step may lie there: other things than connections come so far. So may what nobody set.
+    #[test]
+    fn no_step_lies_in_what_is_nobodys() {
+        for (budget, steps, beyond) in [
+            (BUDGET, [70, 85, 95], &[][..]),
+            (BUDGET, [86, 87, 100], &[]),
+            (BUDGET, [87, 88, 100], &[REFUSE_NEW_AT]),
+            (BUDGET, [96, 98, 100], &[SHRINK_CACHES_AT, REFUSE_NEW_AT]),
+            (64 << 20, [90, 95, 99], &[]),
+            (64 << 20, [90, 96, 99], &[REFUSE_NEW_AT]),
+        ] {
+            let mut settings = LimitSettings::default();
+            settings.memory.steps = MemorySteps::new(steps).unwrap();
+            let found = settings.beyond(budget, "it", |_| Some(String::new()));
+            let keys: Vec<&str> = found.iter().map(|it| it.key).collect();
+            assert_eq!(keys, beyond, "{budget}, {steps:?}: {found:?}");
+            for BeyondBudget { why, .. } in &found {
+                let most = if budget == BUDGET { "it must be at most 87" } else { "it must be at most 95" };
+                assert!(why.ends_with(most), "{why}");
+            }
+            assert_eq!(settings.beyond(budget, "it", |_| None), []);
         }
     }
 

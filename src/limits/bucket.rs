@@ -315,6 +315,13 @@ impl Bucket {
         Ok(())
     }
 
+    /// A token that was taken comes back, if its price is what it was.
+    pub(super) fn give_back_one(&mut self, now: u64, quota: Quota) {
+        if self.price() == quota.per_token {
+            self.full_at = self.full_at.saturating_sub(quota.per_token).max(now.min(self.full_at));
+        }
+    }
+
     /// Spends as much as another bucket of the same quota has spent, if that is more.
     pub(super) fn inherit(&mut self, now: u64, quota: Quota, other: Option<&mut Self>) {
         let Some(other) = other else { return };

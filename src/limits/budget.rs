@@ -38,6 +38,10 @@ pub const REPLY: u64 = 12 * 1024;
 /// All of them.
 #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
 pub const REPLIES_AT_MOST: u64 = REPLIES as u64 * REPLY;
+/// A connection to the admin socket: HTTP/2, and an answer of ordinary length.
+pub const ADMIN_CONNECTION: u64 = PARKED + HTTP2 + 7 * 1024;
+/// Of a budget, these have one part in so many, at most.
+pub const ADMIN_SHARE: u64 = 8;
 /// A caller that held nothing, with one connection and one call.
 pub const NEWCOMER: u64 = PARKED + HTTP2 + 7 * 1024;
 /// Of a budget, newcomers have one part in so many set aside, at most.

@@ -115,6 +115,12 @@ impl Families {
         }
     }
 
+    /// The caller that stands for a caller and its family, where what they share is told of: the first of the family's UIDs, or
+    /// itself.
+    pub(crate) fn head(&self, caller: CallerKey) -> CallerKey {
+        self.of(caller).map_or(caller, CallerKey::Uid)
+    }
+
     /// Who could bring more callers like this one into being, and shares an overflow bucket with them for it:
     /// its family. Where none is known, users above 65,535 are taken for one by 65,536; those below, and the
     /// pods, are made by the node's and the cluster's admins.
@@ -127,6 +133,24 @@ impl Families {
             (None, CallerKey::Pod([a, b, c, d, e, f, g, h, ..])) => {
                 1 << 63 | u64::from_be_bytes([a, b, c, d, e, f, g, h])
             }
+        }
+    }
+}
+
+/// Who has connections, as people are told where a family counts as one: a caller, and how many others of its family have some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WhoHolds {
+    pub caller: CallerKey,
+    pub others: u32,
+}
+
+impl fmt::Display for WhoHolds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.caller)?;
+        match self.others {
+            0 => Ok(()),
+            1 => f.write_str(" and 1 other of its range"),
+            others => write!(f, " and {others} others of its range"),
         }
     }
 }
@@ -219,7 +243,11 @@ mod tests {
         let parent = |uid| families.parent(CallerKey::Uid(uid));
         assert_eq!(parent(100_000), parent(165_535));
         assert_ne!(parent(165_535), parent(165_536), "the next user's, though in the same 65,536");
+        let head = |uid| families.head(CallerKey::Uid(uid));
+        assert_eq!((head(1001), head(100_007)), (CallerKey::Uid(100_000), CallerKey::Uid(100_000)));
+        assert_eq!(head(7), CallerKey::Uid(7));
         let group = |uid| families.group(CallerKey::Uid(uid));
+        assert_eq!(group(100_000), families.group(head(1001)));
         assert_eq!(group(100_000), group(1001));
         assert_ne!(group(2_000_000_000), group(2_000_000_001), "no family: everybody is one");
     }

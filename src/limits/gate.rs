@@ -51,8 +51,8 @@ const SHARES_LAST: u64 = 50_000_000;
 const LENT_FOR: u64 = 2_000_000_000;
 /// Who was told to come back has so many nanoseconds for it before it is closed, while somebody below its share is refused.
 const LEAVES_WITHIN: u64 = 1_000_000_000;
-/// The most callers and reasons that are told between two looks.
-const COMPLAINTS: usize = 64;
+/// The most callers, families as one, and reasons that are told between two looks.
+const COMPLAINTS: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct GateState {
@@ -105,6 +105,8 @@ pub struct ConnectionPermit {
     shared: Arc<SharedGate>,
     /// `None` for the admin socket.
     place: Option<OpenPlace>,
+    /// By what quota it paid a token of its caller's rate.
+    paid: Option<Quota>,
     holding: Arc<Holding>,
 }
 
@@ -139,6 +141,8 @@ struct LetIn {
     rehearsed: bool,
     /// On what is set aside.
     reserved: bool,
+    paid: Option<Quota>,
+    charged_as: ChargedAs,
 }
 
 impl Gate {
@@ -183,7 +187,10 @@ impl Gate {
     pub fn look(&self, measured: Option<u64>, reckoned: u64) -> Pressure {
         let shared = &self.shared;
         let mut state = shared.state();
-        let unseen = measured.unwrap_or(0).saturating_sub(shared.node.bytes());
+        // What admin connections take is set aside for them, and not taken from the others once more.
+        let of_admin = u64::from(state.admin) * budget::ADMIN_CONNECTION;
+        let of_admin = of_admin.min(shared.plan.load().admin_bytes());
+        let unseen = measured.unwrap_or(0).saturating_sub(shared.node.bytes()).saturating_sub(of_admin);
         state.bytes.other = unseen.max(reckoned);
         shared.look(&mut state);
         state.accounts.forget_paid();
@@ -254,22 +261,8 @@ impl Gate {
         let plan = shared.plan.load();
         let now = shared.ledger.now();
         let mut state = shared.state();
-        let aged = now.saturating_sub(state.looked) >= SHARES_LAST && shared.node.room().is_short_of_places();
-        if aged || state.is_outdated(shared.node.bytes()) {
-            shared.look(&mut state);
-        }
-        let group = plan.families.group(caller);
-        let (group_open, group_bytes) = state.accounts.of_group(group);
-        let arriving = Arriving {
-            plan: &plan,
-            rule: plan.rule(&caller),
-            caller,
-            open: state.accounts.open_of(&caller),
-            group_open,
-            group_bytes,
-            of_family: plan.families.of(caller).is_some(),
-            now,
-        };
+        let arriving = shared.arriving(&plan, caller, now, &mut state);
+        let group_open = arriving.group_open;
         if !state.is_last(&plan, shared.node.bytes()) {
             state.give_back();
         } else if group_open == 0 && state.reserved >= plan.reserved() {
@@ -279,23 +272,14 @@ impl Gate {
         if decided.is_err_and(|refusal| state.wants(&arriving, refusal)) {
             shared.node.wake();
         }
-        let LetIn { rehearsed, reserved } = match decided {
+        let LetIn { rehearsed, reserved, paid, charged_as } = match decided {
             Ok(let_in) => let_in,
             Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
                 shared.want(refusal);
                 return Err(refusal);
             }
             Err(refusal) => {
-                // That one is noted where it arises, in a rehearsal too.
-                if refusal != ConnectionRefusal::CallerConnections {
-                    let quota = match arriving.rule.limit() {
-                        Limit::Quota(quota) => quota,
-                        Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
-                    };
-                    let who = || (BucketName::Caller(caller), "connections");
-                    state.rates.note_refused_anybody(now, shared.key(&plan, caller), quota, who);
-                }
-                state.complain(&arriving, refusal);
+                shared.note_refused(&arriving, refusal, &mut state);
                 drop(state);
                 shared.refused(refusal, caller, now);
                 return Err(refusal);
@@ -303,8 +287,9 @@ impl Gate {
         };
         let counters = &shared.ledger.counters;
         if !rehearsed {
-            counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
+            counters.count(Stage::Gate, None, charged_as, Decision::Allowed);
         }
+        let group = plan.families.group(caller);
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         if reserved {
             state.lend(Lent { since: now, caller, holding: Arc::downgrade(&holding) }, &plan);
@@ -312,7 +297,27 @@ impl Gate {
         state.total += 1;
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), holding })
+        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), paid, holding })
+    }
+
+    /// Refuses one after all that was let in and finds no memory now that it begins to speak: told and counted as one that finds
+    /// none at once. The token that it paid is its caller's again.
+    pub fn refuse_begun(&self, permit: &ConnectionPermit) -> ConnectionRefusal {
+        let Some(caller) = permit.place.as_ref().map(OpenPlace::caller) else {
+            return ConnectionRefusal::AdminConnections;
+        };
+        let shared = &self.shared;
+        let plan = shared.plan.load();
+        let now = shared.ledger.now();
+        let mut state = shared.state();
+        let it = shared.arriving(&plan, caller, now, &mut state);
+        let holds_share = it.group_bytes >= state.bytes.share();
+        let refusal = if holds_share { ConnectionRefusal::Memory } else { ConnectionRefusal::MemoryTaken };
+        state.rates.take_back(now, shared.key(&plan, caller), permit.paid);
+        shared.note_refused(&it, refusal, &mut state);
+        drop(state);
+        shared.refused(refusal, caller, now);
+        refusal
     }
 
     /// Lets a connection to the admin socket in: these have places of their own.
@@ -327,7 +332,7 @@ impl Gate {
         state.admin += 1;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        Ok(ConnectionPermit { shared, place: None, holding: Arc::default() })
+        Ok(ConnectionPermit { shared, place: None, paid: None, holding: Arc::default() })
     }
 
     /// Whether there is room.
@@ -338,7 +343,7 @@ impl Gate {
     /// When `caller` may come back that was refused for this, if that is known: when its rate of connections allows one more.
     /// When others leave is not; nor, where the processor is short, how many of a crowd wait for the same token.
     pub fn wait(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<Duration> {
-        if why != ConnectionRefusal::CallerRate {
+        if !matches!(why, ConnectionRefusal::CallerRate | ConnectionRefusal::OverflowRate) {
             return None;
         }
         let shared = &self.shared;
@@ -373,7 +378,7 @@ impl SharedGate {
         let plan = self.plan.load();
         state.bytes.steps = plan.memory;
         state.bytes.whole = plan.budget;
-        state.bytes.spare = plan.budget.map_or(0, budget::spare);
+        state.bytes.spare = plan.budget.map_or(0, budget::spare).saturating_add(plan.admin_bytes());
         state.bytes.reserved = plan.reserved_bytes();
         state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
         state.connections.whole = Some(u64::from(plan.most));
@@ -395,6 +400,45 @@ impl SharedGate {
         self.node.set_share(bytes.is_short().then(|| bytes.share()), bytes.look_from());
         self.node.room().set(Short::Descriptors, connections.is_short());
         state.looked = self.ledger.now();
+    }
+
+    /// One that comes, with what its caller holds. Shares are reckoned anew where they are too old for it.
+    fn arriving<'a>(
+        &self,
+        plan: &'a GatePlan,
+        caller: CallerKey,
+        now: u64,
+        state: &mut GateState,
+    ) -> Arriving<'a> {
+        let aged = now.saturating_sub(state.looked) >= SHARES_LAST && self.node.room().is_short_of_places();
+        if aged || state.is_outdated(self.node.bytes()) {
+            self.look(state);
+        }
+        let (group_open, group_bytes) = state.accounts.of_group(plan.families.group(caller));
+        Arriving {
+            plan,
+            rule: plan.rule(&caller),
+            caller,
+            open: state.accounts.open_of(&caller),
+            group_open,
+            group_bytes,
+            of_family: plan.families.of(caller).is_some(),
+            now,
+        }
+    }
+
+    /// Notes a refusal where people see it who look.
+    fn note_refused(&self, it: &Arriving<'_>, refusal: ConnectionRefusal, state: &mut GateState) {
+        // That one is noted where it arises, in a rehearsal too.
+        if refusal != ConnectionRefusal::CallerConnections {
+            let quota = match it.rule.limit() {
+                Limit::Quota(quota) => quota,
+                Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
+            };
+            let who = || (BucketName::Caller(it.caller), "connections");
+            state.rates.note_refused_anybody(it.now, self.key(it.plan, it.caller), quota, who);
+        }
+        state.complain(it, refusal);
     }
 
     /// Asks all questions of the module's documentation.
@@ -420,13 +464,17 @@ impl SharedGate {
             }
             decided => decided,
         };
+        let paid = held.filter(|(_, place)| decided.is_ok() && matches!(place, ChargedTo::Own(_)));
+        let paid = paid.map(|(ask, _)| ask.quota);
         if let Some((ask, place)) = held {
-            let paid = state.rates.settle(&ask, place, u32::from(decided.is_ok()));
+            let level = state.rates.settle(&ask, place, u32::from(decided.is_ok()));
             if decided.is_ok() {
-                self.ledger.counters.count_soft_limits(it.plan.soft, Stage::Gate, paid);
+                self.ledger.counters.count_soft_limits(it.plan.soft, Stage::Gate, level);
             }
         }
-        decided.map(|reserved| LetIn { rehearsed, reserved })
+        let own = it.caller.charged_as();
+        let charged_as = held.map_or(own, |(_, place)| place.charged_as(own));
+        decided.map(|reserved| LetIn { rehearsed, reserved, paid, charged_as })
     }
 
     /// What is the caller's own. Holds a token of its rate, if it has one.
@@ -438,19 +486,26 @@ impl SharedGate {
         let Arriving { plan, rule, caller, open, group_open, of_family, now, .. } = *it;
         let quota = match rule.limit() {
             Limit::Block => return Err(ConnectionRefusal::Blocked),
-            Limit::Exempt | Limit::Unlimited => return Ok(None),
-            Limit::Quota(quota) => quota,
+            Limit::Exempt => return Ok(None),
+            Limit::Unlimited => None,
+            Limit::Quota(quota) => Some(quota),
         };
         let key = self.key(plan, caller);
         if let Some(most) = rule.connections
             && (open >= most.get() || of_family && group_open >= plan.connections_of_family(most.get()))
         {
-            state.rates.note_refused(key, None);
+            let who = || (BucketName::Caller(caller), "connections");
+            state.rates.note_refused_anybody(now, key, quota.unwrap_or(Quota::NOTHING_TAKEN), who);
             return Err(ConnectionRefusal::CallerConnections);
         }
+        let Some(quota) = quota else { return Ok(None) };
         let ask = Ask { key, quota, since: now, cost: 1, taker: None };
         match state.rates.hold(now, &ask, || (BucketName::Caller(caller), "connections")) {
             Ok(place) => Ok(Some((ask, place))),
+            // One that is refused has no bucket where the table has no room for it.
+            Err(_wait) if rule.rate.is_some() && !state.rates.knows(key) => {
+                Err(ConnectionRefusal::OverflowRate)
+            }
             Err(_wait) if rule.rate.is_some() => Err(ConnectionRefusal::CallerRate),
             // Nobody set it: it only says who comes first.
             Err(_wait) if self.node.room().is_short(Short::Processor) => Err(ConnectionRefusal::Processor),
@@ -517,7 +572,11 @@ impl SharedGate {
     /// Counts a refusal, or what would be one.
     fn count(&self, refusal: ConnectionRefusal, caller: CallerKey, decision: fn(Reason) -> Decision) {
         let Some((stage, reason)) = refusal.by_stage() else { return };
-        let key = if stage == Stage::Node { ChargedAs::Node } else { caller.charged_as() };
+        let key = match (stage, refusal) {
+            (Stage::Node, _) => ChargedAs::Node,
+            (_, ConnectionRefusal::OverflowRate) => ChargedAs::Overflow,
+            _ => caller.charged_as(),
+        };
         self.ledger.counters.count(stage, None, key, decision(reason));
     }
 }
@@ -603,9 +662,13 @@ impl GateState {
             }
             _ => return,
         };
-        let key = (it.caller, refusal);
-        if self.complaints.len() < COMPLAINTS || self.complaints.contains_key(&key) {
-            self.complaints.insert(key, OutOfRoom { caller: it.caller, refusal, held, share });
+        let head = it.plan.families.head(it.caller);
+        let has_room = self.complaints.len() < COMPLAINTS;
+        if let Some(told) = self.complaints.get_mut(&(head, refusal)) {
+            (told.held, told.share) = (held, share);
+        } else if has_room {
+            let told = OutOfRoom { caller: it.caller, head, refusal, held, share };
+            self.complaints.insert((head, refusal), told);
         }
     }
 }

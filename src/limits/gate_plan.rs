@@ -3,7 +3,7 @@
 use super::{
     budget::{self, MemorySettings},
     caller::{CallerKey, Families},
-    gate_settings::{GatePlaces, GateRule, GateRules},
+    gate_settings::{GatePlaces, GateRule, GateRules, GateSettings},
     processor::ProcessorShare,
     refusal::RejectionStatus,
     settings::{LimitSettings, SoftLimits},
@@ -63,6 +63,12 @@ pub enum NoRoomError {
 
 /// Of a memory budget, connections at their worst have one part in so many.
 const MEMORY_SHARE: u64 = 2;
+
+/// For how many callers that hold nothing memory can be set aside.
+pub(super) fn newcomers_within(budget: Option<u64>) -> u32 {
+    let fit = budget.map_or(u64::MAX, |budget| budget / budget::RESERVED_SHARE / budget::NEWCOMER);
+    u32::try_from(fit).unwrap_or(u32::MAX)
+}
 
 /// The smallest memory budget for connections with so many streams: it has room for the fewest that there may be.
 pub(super) const fn fewest_take(streams: u32) -> u64 {
@@ -145,8 +151,7 @@ impl GatePlan {
     /// How many callers that hold nothing are sure to be served, whatever the others hold: descriptors and memory are
     /// set aside for them.
     pub(super) fn reserved(&self) -> u32 {
-        let fit = self.budget.map_or(u64::MAX, |budget| budget / budget::RESERVED_SHARE / budget::NEWCOMER);
-        self.reserve.min(u32::try_from(fit).unwrap_or(u32::MAX))
+        self.reserve.min(newcomers_within(self.budget))
     }
 
     /// How many such callers there are, where the budget has room for fewer than there should be.
@@ -163,6 +168,11 @@ impl GatePlan {
     /// Bytes that are set aside for them.
     pub(super) fn reserved_bytes(&self) -> u64 {
         u64::from(self.reserved()) * budget::NEWCOMER
+    }
+
+    /// Bytes that are set aside for admin connections: of those beyond the usual ones, which what is for nobody has room for.
+    pub(super) fn admin_bytes(&self) -> u64 {
+        u64::from(self.admin.saturating_sub(GateSettings::USUAL_ADMIN)) * budget::ADMIN_CONNECTION
     }
 
     /// What a share is at least, of connections.

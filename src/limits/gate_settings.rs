@@ -18,8 +18,8 @@ pub const MAX_CONNECTIONS: u32 = 1_000_000;
 pub struct GateRule {
     /// Connections at once, whether there is room or not. `None` by default: as many as there is room for.
     pub connections: Option<NonZeroU32>,
-    /// New connections, whether there is room or not. `Exempt` and `Unlimited` free from the number of connections too,
-    /// within those of the node. `None` by default: without room [`GateRule::USUAL`].
+    /// New connections, whether there is room or not. `Exempt` frees from the number of connections too, within those of the
+    /// node. `None` by default: without room [`GateRule::USUAL`].
     pub rate: Option<Limit>,
     /// Refusals by this rule are counted as `would_exceed`, and let pass.
     pub dry_run: bool,
@@ -153,8 +153,9 @@ pub struct GateSettings {
 }
 
 impl GateSettings {
-    /// What [`GateSettings::admin`] may be.
+    /// What [`GateSettings::admin`] may be, and is by default.
     pub const ADMIN: RangeInclusive<u32> = 1..=1024;
+    pub const USUAL_ADMIN: u32 = 8;
 }
 
 impl Default for GateSettings {
@@ -162,7 +163,7 @@ impl Default for GateSettings {
         Self {
             rules: GateRules::default(),
             places: GatePlaces::default(),
-            admin: 8,
+            admin: Self::USUAL_ADMIN,
             connection: ConnectionSettings::default(),
         }
     }

@@ -4,11 +4,11 @@ use std::{num::NonZeroU32, sync::atomic::Ordering::Relaxed};
 
 use super::{
     budget::Pressure,
-    caller::CallerKey,
+    caller::{CallerKey, WhoHolds},
     gate::Gate,
     out_of_room::OutOfRoom,
     processor::ProcessorShare,
-    report::{Heavy, Standing},
+    report::{BucketName, Heavy, Standing},
     rule::Limit,
     shortage::Shortage,
 };
@@ -50,9 +50,20 @@ impl Gate {
         self.shared.state().total
     }
 
-    /// The callers that hold most: their connections, and bytes.
-    pub fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32, u64)> {
+    /// Who holds most, a family as one: their connections, and bytes.
+    pub fn heaviest(&self, n: usize) -> Vec<(WhoHolds, u32, u64)> {
         self.shared.state().accounts.heaviest(n)
+    }
+
+    /// Who stands for a caller and its family.
+    pub fn head(&self, caller: CallerKey) -> CallerKey {
+        self.shared.plan.load().families.head(caller)
+    }
+
+    /// The callers of a caller's family that have connections; the caller where none has.
+    pub fn holder(&self, caller: CallerKey) -> WhoHolds {
+        let group = self.family_of(caller);
+        self.shared.state().accounts.holder(group).unwrap_or(WhoHolds { caller, others: 0 })
     }
 
     /// How many connections of all callers there may be.
@@ -64,7 +75,7 @@ impl Gate {
     pub fn held_by(&self, caller: CallerKey) -> HeldByCaller {
         let plan = self.shared.plan.load();
         let rule = plan.rule(&caller);
-        let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_)));
+        let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_) | Limit::Unlimited));
         let state = self.shared.state();
         let family = plan.families.of(caller).map(|_| state.accounts.of_group(plan.families.group(caller)));
         HeldByCaller { own: state.accounts.of_caller(&caller), family, most: most.map(NonZeroU32::get) }
@@ -110,15 +121,27 @@ impl Gate {
         self.shared.plan.load().cpu
     }
 
-    /// How the rate of new connections of a caller stands.
-    pub fn standing(&self, caller: CallerKey) -> Standing {
+    /// The bucket that new connections of a caller are charged to, and how it stands.
+    pub fn standing(&self, caller: CallerKey) -> (BucketName, Standing) {
         let shared = &*self.shared;
         let plan = shared.plan.load();
         let key = shared.key(&plan, caller);
         let rule = plan.rule(&caller);
         let now = shared.ledger.now();
         let left = |quota| shared.state().rates.left(now, key, quota, now);
-        Standing::under(rule.limit(), left).of_origin(rule.origin())
+        let standing = Standing::under(rule.limit(), left).of_origin(rule.origin());
+        let in_overflow = match rule.limit() {
+            Limit::Quota(quota) => shared.state().rates.is_in_overflow(now, key, quota),
+            Limit::Exempt | Limit::Unlimited | Limit::Block => false,
+        };
+        (if in_overflow { BucketName::WithoutBucket } else { BucketName::Caller(caller) }, standing)
+    }
+
+    /// How many connections of a caller were refused, whatever for, since its bucket became known.
+    pub fn refused(&self, caller: CallerKey) -> u32 {
+        let shared = &*self.shared;
+        let key = shared.key(&shared.plan.load(), caller);
+        shared.state().rates.refused(key)
     }
 
     /// How memory stands.

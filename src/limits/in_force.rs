@@ -4,7 +4,8 @@ use super::{
     beyond_budget::BeyondBudget,
     bucket::Quota,
     budget::{BudgetFrom, MemoryBounds},
-    gate_settings::GateRule,
+    gate_plan::newcomers_within,
+    gate_settings::{GatePlaces, GateRule},
     method::Method,
     policy::Layers,
     rule::{Limit, Origin, Rule},
@@ -58,7 +59,8 @@ impl LimitSettings {
                 "ratelimit.memory.limit is {set} bytes, above the {cgroup} of the agent's cgroup, which count"
             )
         });
-        let mut wrong: Vec<String> = above.into_iter().collect();
+        let mut wrong: Vec<String> =
+            above.into_iter().chain(self.reserve_beyond(Some(budget.bytes))).collect();
         // Of a budget that somebody set, or of a cgroup, it is an error.
         if budget.from == BudgetFrom::Machine {
             let beyond = self.beyond(budget.bytes, "the budget, a part of the machine's memory,", set_at);
@@ -73,6 +75,23 @@ impl LimitSettings {
             dry_run: self.dry_run,
             wrong,
         }
+    }
+
+    /// Says how many of the callers of a reserve that somebody set are kept places for, where that is not all of them.
+    fn reserve_beyond(&self, budget: Option<u64>) -> Option<String> {
+        let places = self.gate.places;
+        let reserve = places.reserve();
+        let of_connections = places.connections().map_or(reserve, |all| places.reserve_of(all));
+        let in_memory = newcomers_within(budget);
+        if reserve <= GatePlaces::RESERVE || reserve <= of_connections.min(in_memory) {
+            return None;
+        }
+        let why = if in_memory < of_connections {
+            format!("an eighth of the memory budget has room for {in_memory}, which count")
+        } else {
+            format!("at most half of gate.connections are kept: {of_connections} count")
+        };
+        Some(format!("ratelimit.gate.reserve is {reserve}, and {why}"))
     }
 
     fn gate_lines(&self, set: &mut Vec<String>) {
@@ -172,6 +191,37 @@ mod tests {
         ] {
             let told = settings.in_force(MemoryBounds { cgroup, machine: Some(1 << 30) }, |_| None);
             assert_eq!((told.budget_from, told.wrong.len()), (from, wrong), "{cgroup:?} {:?}", told.wrong);
+        }
+    }
+
+    #[test]
+    fn a_reserve_of_which_less_counts_is_told() {
+        for (connections, reserve, budget, wrong) in [
+            (None, None, Some(8 << 20), None),
+            (None, Some(76), Some(24 << 20), None),
+            (None, Some(500), None, None),
+            (
+                None,
+                Some(500),
+                Some(24 << 20),
+                Some("an eighth of the memory budget has room for 76, which count"),
+            ),
+            (Some(800), Some(500), None, Some("at most half of gate.connections are kept: 400 count")),
+            (
+                Some(800),
+                Some(500),
+                Some(24 << 20),
+                Some("an eighth of the memory budget has room for 76, which count"),
+            ),
+        ] {
+            let mut settings = LimitSettings::default();
+            settings.gate.places = GatePlaces::new(connections, reserve).unwrap();
+            let want: Vec<String> =
+                wrong.map(|why| format!("ratelimit.gate.reserve is 500, and {why}")).into_iter().collect();
+            // A machine with room for all of it.
+            let bounds = MemoryBounds { cgroup: budget, machine: Some(64 << 30) };
+            let wrong = settings.in_force(bounds, |_| None).wrong;
+            assert_eq!(wrong, want, "{connections:?}, {reserve:?}, {budget:?}");
         }
     }
 

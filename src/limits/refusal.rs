@@ -63,6 +63,8 @@ labels! {
         CallerConnections = "caller_connections",
         /// The caller connects more often than was set.
         CallerRate = "caller_rate",
+        /// The callers that have no bucket of their own, as there is no room for one, connect more often than was set.
+        OverflowRate = "overflow_rate",
         /// The node has as many connections as it may, but for those in reserve.
         NodeConnections = "node_connections",
         /// Descriptors are short, and the caller, or its family, has its share of them.
@@ -97,7 +99,7 @@ impl ConnectionRefusal {
         match self {
             Self::Blocked => Some((Stage::Gate, Reason::Blocked)),
             Self::CallerConnections => Some((Stage::Gate, Reason::Connections)),
-            Self::CallerRate => Some((Stage::Gate, Reason::Rate)),
+            Self::CallerRate | Self::OverflowRate => Some((Stage::Gate, Reason::Rate)),
             Self::NodeConnections | Self::Descriptors => Some((Stage::Node, Reason::Connections)),
             Self::Processor => Some((Stage::Node, Reason::Rate)),
             Self::Memory | Self::MemoryTaken => Some((Stage::Node, Reason::Memory)),

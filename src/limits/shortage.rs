@@ -117,10 +117,16 @@ impl Shortage {
                 Pressure::RefuseNew => (from.min(end), below.min(end.saturating_sub(part.max(1))).max(1)),
             };
         }
+        // There is no room where nothing is left but what is set aside.
+        let rest = whole.saturating_sub(self.spare).saturating_sub(self.reserved);
+        let first = |from: u64, below: u64| (from.min(rest), from.min(rest).saturating_sub(from - below));
+        if step == Pressure::ShrinkCaches {
+            return first(from, below);
+        }
         if step != Pressure::RefuseNew {
             return (from, below);
         }
-        let short_from = self.steps.lines(Pressure::ShrinkCaches, whole).0;
+        let (short_from, _) = self.lines(Pressure::ShrinkCaches);
         let but = |bytes| whole.saturating_sub(self.spare).saturating_sub(bytes).max(short_from);
         let (last, free) = (but(self.reserved / 4 * 3), but(self.reserved / 4 * 5));
         if last < from { (last, below.min(free)) } else { (from, below) }
@@ -187,7 +193,7 @@ impl Shortage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::accounts::level;
+    use crate::limits::{accounts::level, budget::MemorySteps};
 
     fn shortage(other: u64) -> Shortage {
         Shortage { whole: Some(1000), other, least: 20, ..Shortage::default() }
@@ -319,6 +325,22 @@ mod tests {
             let mut it = Shortage { spare: 150, reserved: 100, pressure: before, ..shortage(0) };
             it.look(used, |_| 0);
             assert_eq!(it.pressure(), want, "{case}");
+        }
+    }
+
+    /// Wherever the first step is set, there is no room for others where nothing is left for them.
+    #[test]
+    fn room_ends_where_what_is_set_aside_begins() {
+        for (percent, spare, reserved, bounds) in [
+            (70, 150, 100, (700, 650)),
+            (75, 150, 100, (750, 700)),
+            (90, 150, 100, (750, 700)),
+            (90, 0, 0, (900, 850)),
+            (90, 600, 600, (0, 0)),
+        ] {
+            let mut it = Shortage { spare, reserved, ..shortage(0) };
+            it.steps.steps = MemorySteps::new([percent, 96, 98]).unwrap();
+            assert_eq!(it.bounds(), bounds, "{percent}, {spare}, {reserved}");
         }
     }
 

@@ -3,6 +3,7 @@
 use super::{
     admission::{Limits, caller_name},
     ask::BucketKey,
+    bucket::Quota,
     budget::Accounted,
     caller::CallerKey,
     identity_stage::identity_name,
@@ -10,7 +11,7 @@ use super::{
     method::Method,
     refusal::Stage,
     report::{BucketName, Event, Heavy, Standing},
-    rule::Rule,
+    rule::{Limit, Rule},
     settings::NodeQuota,
     shares::Taking,
 };
@@ -89,7 +90,14 @@ impl Limits {
         let plan = self.ledger().plan();
         let choice = plan.caller.choose(&caller, method);
         let key = self.ledger().caller_key(&plan, caller, method, &choice);
-        (caller_name(caller, &choice), self.of_caller(choice.rule, key))
+        let now = self.ledger().now();
+        let name = match self.ledger().limit(choice.rule, plan.since.caller, now).limit {
+            Limit::Quota(quota) if choice.shared.is_none() && self.is_in_overflow(key, quota) => {
+                BucketName::WithoutBucket
+            }
+            _ => caller_name(caller, &choice),
+        };
+        (name, self.of_caller(choice.rule, key))
     }
 
     /// The bucket that an identity is charged to for a method, and how it stands.
@@ -122,6 +130,11 @@ impl Limits {
             BucketName::Node => Some(self.node_standing(method)?.1),
             BucketName::WithoutBucket => None,
         }
+    }
+
+    fn is_in_overflow(&self, key: BucketKey, quota: Quota) -> bool {
+        let ledger = self.ledger();
+        ledger.callers().is_in_overflow(ledger.now(), key, quota)
     }
 
     fn of_caller(&self, rule: &Rule, key: BucketKey) -> Standing {

@@ -304,6 +304,22 @@ impl Table {
         bucket.map(|bucket| bucket.settle_by(now, quota, tokens, cost, of_bucket))
     }
 
+    /// What a key was let pass for is refused after all: it counts as none that passed, and a token that it paid comes back.
+    pub(super) fn take_back(&mut self, now: u64, key: BucketKey, paid: Option<Quota>) {
+        let now = self.tick(now);
+        if let Some(cell) = self.find(key.hash) {
+            cell.used = cell.used.saturating_sub(1);
+            if let Some(quota) = paid {
+                cell.bucket.give_back_one(now, quota);
+            }
+        }
+    }
+
+    /// How often a key was refused since it became known.
+    pub(super) fn refused(&mut self, key: BucketKey) -> u32 {
+        self.find(key.hash).map_or(0, |cell| cell.refused)
+    }
+
     /// Adds to what a known key has spent, as a debt of at most one burst. A key that is not known has a full
     /// bucket, and is left in peace: this is for a cost that shows itself after the call was charged.
     pub(super) fn charge(&mut self, now: u64, ask: &Ask, short: Shortfall) -> Option<Level> {
@@ -373,10 +389,24 @@ impl Table {
         }
     }
 
-    /// Tokens left to a key, if it is known.
+    /// Tokens left to a key, if it is known, or in what it would be charged to.
     pub(super) fn left(&mut self, now: u64, key: BucketKey, quota: Quota, since: u64) -> Option<u32> {
         let now = self.tick(now);
-        Some(self.bucket_under(now, key, quota, since)?.left(now, quota))
+        let bucket = self.bucket_under(now, key, quota, since);
+        Some(bucket.or_else(|| self.overflow_of(now, key, quota))?.left(now, quota))
+    }
+
+    /// Whether a key has no bucket of its own, and what it would be charged to, or begin with, is not full.
+    pub(super) fn is_in_overflow(&mut self, now: u64, key: BucketKey, quota: Quota) -> bool {
+        let now = self.tick(now);
+        !self.knows(key) && self.overflow_of(now, key, quota).is_some()
+    }
+
+    /// What a key without a bucket of its own would be charged to, or begin with, where that is not full.
+    fn overflow_of(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<Bucket> {
+        let mut bucket = Bucket::default();
+        self.parents.bequeath(now, key.parent, quota, &mut bucket);
+        (!bucket.is_full(now)).then_some(bucket)
     }
 
     /// The bucket of a key that is known, as it is under this quota.
@@ -388,10 +418,11 @@ impl Table {
         Some(bucket)
     }
 
-    /// How long until a key that is known has a token.
+    /// How long until a key that is known has a token, or one that is not has one where it would be charged.
     pub(super) fn wait(&mut self, now: u64, key: BucketKey, quota: Quota) -> Option<Duration> {
         let now = self.tick(now);
-        self.bucket_under(now, key, quota, now)?.try_hold(now, quota, 1).err()
+        let bucket = self.bucket_under(now, key, quota, now);
+        bucket.or_else(|| self.overflow_of(now, key, quota))?.try_hold(now, quota, 1).err()
     }
 
     /// The `n` keys that were refused most, then those that were served most, since each was last forgotten.

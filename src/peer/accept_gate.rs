@@ -4,9 +4,9 @@ use std::{os::fd::BorrowedFd, sync::Arc};
 
 use http::HeaderMap;
 
-use super::credentials::Arrival;
+use super::credentials::{Arrival, Peer};
 use crate::{
-    limits::{ConnectionRefusal, holding::Holding, room::Room},
+    limits::{CallerKey, ConnectionRefusal, holding::Holding, room::Room},
     os::headroom::Headroom,
 };
 
@@ -38,8 +38,13 @@ pub trait AcceptGate: Send + Sync + 'static {
         None
     }
 
-    /// What one that was refused is told: the headers of an answer that ends with them. By default nobody is told.
-    fn answer(&self, _arrival: &Arrival, _why: ConnectionRefusal) -> Option<HeaderMap> {
+    /// One that was let in begins to speak, and there is no memory for it: it is refused after all, and that is counted.
+    fn refuse_begun(&self, _permit: &Self::Permit, _peer: &Peer) -> ConnectionRefusal {
+        ConnectionRefusal::MemoryTaken
+    }
+
+    /// What a caller of whom one was refused is told: the headers of an answer that ends with them. By default nobody is told.
+    fn answer(&self, _caller: CallerKey, _why: ConnectionRefusal) -> Option<HeaderMap> {
         None
     }
 

@@ -146,7 +146,20 @@ impl Accepted<StdStream> {
     }
 }
 
+impl<P: Send + 'static> Accepted<UnixStream, P> {
+    /// Its place at the gate is free from now on.
+    pub(super) fn give_up_place(mut self) -> Accepted<UnixStream> {
+        let (socket, closers) = (self.socket.take(), self.closers.take());
+        Accepted { socket, closers, family: self.family, place: None }
+    }
+}
+
 impl<S: AcceptedSocket, P: Send + 'static> Accepted<S, P> {
+    /// Its place at the gate.
+    pub(super) fn place(&self) -> Option<&P> {
+        self.place.as_ref()
+    }
+
     pub(super) fn socket(&self) -> &S {
         self.socket.as_ref().expect("only a drop takes it")
     }

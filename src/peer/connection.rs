@@ -29,6 +29,7 @@ use tokio::{
 };
 
 use super::{
+    accept_gate::AcceptGate,
     accepted::Accepted,
     bounds::ConnectionBounds,
     course::{Course, Verdict},
@@ -38,6 +39,7 @@ use super::{
     head_count::{HeadCount, Unheard},
     outbox::Outbox,
     pauses::Pauses,
+    reply::{ReplyPlaces, answer_begun},
     service::{ConnectionService, WatchedService},
     spawner::Spawner,
     stats::{OpenConnection, Parked},
@@ -71,7 +73,7 @@ const LAST_WORD_WITHIN: Duration = Duration::from_millis(200);
 static REFUSED: LazyLock<Complaints<&str>> = LazyLock::new(Complaints::default);
 
 /// What the task of a connection holds beside its stream.
-pub(super) struct Connection {
+pub(super) struct Connection<G> {
     pub(super) peer: Arc<Peer>,
     pub(super) bounds: Arc<ConnectionBounds>,
     pub(super) phases: watch::Receiver<Phase>,
@@ -79,24 +81,35 @@ pub(super) struct Connection {
     pub(super) holding: Arc<Holding>,
     /// Until it has been served, or waits.
     pub(super) goes_in: Option<GoesIn>,
+    /// Who refuses it where it finds no memory.
+    pub(super) gate: Arc<G>,
+    pub(super) replies: Arc<ReplyPlaces>,
+    pub(super) family: u64,
 }
 
-impl Connection {
+impl<G: AcceptGate> Connection<G> {
     /// Serves it to its end, and counts why it ended. Its place at the gate goes with the stream.
-    pub(super) async fn run<P: Send + Sync + Unpin + 'static>(
+    pub(super) async fn run(
         mut self,
-        stream: Accepted<UnixStream, P>,
+        stream: Accepted<UnixStream, G::Permit>,
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) {
         let handshake_by = Instant::now() + self.bounds.handshake_timeout;
         let begins = match self.park(stream.socket(), handshake_by).await {
             Ok(()) => self.finds_room().await,
-            silent => silent,
+            Err(why) => Err(Unserved::Ended(why)),
         };
-        if let Err(why) = begins {
-            self.open.why = why;
-            return;
+        match begins {
+            Ok(()) => {}
+            Err(Unserved::Ended(why)) => {
+                self.open.why = why;
+                return;
+            }
+            Err(Unserved::NoMemory) => {
+                drop(service);
+                return Box::pin(self.turn_away(stream)).await;
+            }
         }
         // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
         let (why, unread) = Box::pin(self.serve(stream, handshake_by, http2, service)).await;
@@ -112,23 +125,41 @@ impl Connection {
 
     /// Takes what HTTP/2 needs; waits for it a moment where memory is about to run out. The gate let it in for what a silent
     /// connection takes, when there was room: a thousand of those may all begin to speak at once.
-    async fn finds_room(&mut self) -> Result<(), ConnectionEnd> {
+    async fn finds_room(&mut self) -> Result<(), Unserved> {
         let until = Instant::now() + ROOM_WITHIN;
         while !self.holding.try_hold(HTTP2) {
             if Instant::now() >= until {
-                return Err(ConnectionEnd::NoRoom);
+                return Err(Unserved::NoMemory);
             }
             self.goes_in = None;
             tokio::select! {
                 () = sleep(ROOM_AGAIN) => {}
-                () = drains(&mut self.phases) => return Err(ConnectionEnd::Drained),
-                notice = self.holding.told(None) => return Err(match notice {
-                    Notice::ComeBack => ConnectionEnd::SentAway,
-                    Notice::Close => ConnectionEnd::Evicted,
-                }),
+                () = drains(&mut self.phases) => return Err(Unserved::Ended(ConnectionEnd::Drained)),
+                // Its turn to go came before its turn to begin: it hears why in the same way.
+                _told = self.holding.told(None) => return Err(Unserved::NoMemory),
             }
         }
         Ok(())
+    }
+
+    /// Refuses it after all, as the gate does: the first few are told why, and the crowd is closed.
+    async fn turn_away(self, stream: Accepted<UnixStream, G::Permit>) {
+        let Self { peer, gate, replies, family, open, holding, mut phases, .. } = self;
+        let Some(place) = stream.place() else { return };
+        let why = gate.refuse_begun(place, &peer);
+        open.refuse(why);
+        let told = replies
+            .take(family, Instant::now())
+            .and_then(|reply| Some((reply, gate.answer(peer.caller(), why)?)));
+        // What it held is for others from now on.
+        let stream = stream.give_up_place();
+        drop((peer, holding));
+        if let Some((reply, headers)) = told {
+            tokio::select! {
+                () = answer_begun(stream, &headers, reply) => {}
+                () = drains(&mut phases) => {}
+            }
+        }
     }
 
     /// Waits for the first byte, and leaves it where it is.
@@ -165,14 +196,14 @@ impl Connection {
         }
     }
 
-    async fn serve<P: Send + Sync + Unpin + 'static>(
+    async fn serve(
         &mut self,
-        stream: Accepted<UnixStream, P>,
+        stream: Accepted<UnixStream, G::Permit>,
         handshake_by: Instant,
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
-    ) -> (ConnectionEnd, LeftUnread<P>) {
-        let Self { peer, bounds, phases, holding, open, goes_in } = self;
+    ) -> (ConnectionEnd, LeftUnread<G::Permit>) {
+        let Self { peer, bounds, phases, holding, open, goes_in, .. } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         ending.read_at_once();
@@ -280,6 +311,13 @@ impl Connection {
         };
         (why, LeftUnread::new(outbox, unread))
     }
+}
+
+/// Why a connection comes to no HTTP/2.
+enum Unserved {
+    Ended(ConnectionEnd),
+    /// For all the time that one may wait for it.
+    NoMemory,
 }
 
 /// Tells the service of the heads of a connection that begin no call, the last of them at its end.

@@ -51,6 +51,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// One that was let in.
 pub(super) struct AtEntrance<P: Send + 'static> {
     arrival: Arrival,
+    family: u64,
     stream: Accepted<StdStream>,
     permit: P,
     since: Instant,
@@ -258,10 +259,10 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         if stream.is_deserted() {
             return;
         }
-        if self.replies.may(family, now)
-            && let Some(headers) = self.gate.answer(arrival, why)
+        if let Some(place) = self.replies.places.take(family, now)
+            && let Some(headers) = self.gate.answer(arrival.caller(), why)
         {
-            self.replies.begin(stream, &headers, family, now);
+            self.replies.begin(stream, &headers, place);
         } else if why.is_callers_own() {
             self.keep(Kept { stream, family, waits: None }, now);
         }
@@ -277,10 +278,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         if !stream.is_deserted()
             && let Some(headers) = self.gate.answer_unidentified()
         {
-            if self.replies.may(UNIDENTIFIED, now) {
-                self.replies.begin(stream, &headers, UNIDENTIFIED, now);
-            } else {
-                dismiss(&stream);
+            match self.replies.places.take(UNIDENTIFIED, now) {
+                Some(place) => self.replies.begin(stream, &headers, place),
+                None => dismiss(&stream),
             }
         }
         NotTaken::Unidentified(error)
@@ -313,7 +313,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         {
             return Err(self.not_identified(stream, error, now));
         }
-        self.entrance.wait(family, AtEntrance { arrival, stream, permit, since: now });
+        self.entrance.wait(family, AtEntrance { arrival, family, stream, permit, since: now });
         self.have_next_go_in(now);
         Ok(())
     }
@@ -327,7 +327,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     }
 
     fn begin(&mut self, one: AtEntrance<G::Permit>, goes_in: GoesIn, now: Instant) -> Result<(), NotTaken> {
-        let AtEntrance { arrival, stream, mut permit, since } = one;
+        let AtEntrance { arrival, family, stream, mut permit, since } = one;
         if since != now && stream.is_deserted() {
             self.count_left();
             return Ok(());
@@ -351,6 +351,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             open: OpenConnection::count(&self.stats),
             holding,
             goes_in: Some(goes_in),
+            gate: Arc::clone(&self.gate),
+            replies: Arc::clone(&self.replies.places),
+            family,
         };
         self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
         self.heap.grew_to(self.connections.len());

@@ -31,8 +31,6 @@ labels! {
         SentAway = "sent_away",
         /// It asked for nothing but refusals and errors for too long: it was told to connect again.
         Wasteful = "wasteful",
-        /// It began to speak while memory was about to run out, and its caller held the least share there is.
-        NoRoom = "no_room",
         /// Memory ran out, and its caller held the most.
         Evicted = "evicted",
         /// The agent drained.

@@ -4,7 +4,7 @@
 //! on its process and a task of its own ([`door`](super::door)). A refused connection has cost an
 //! `accept`, a question to the kernel and a look into a table. One that is refused for want of room is asked for again a
 //! moment later, and one that its caller's own limits refuse is closed then ([`lingering`](super::lingering)); the first few
-//! are told why ([`reply`](super::reply)). None is closed where what a caller left in it could keep
+//! are told why ([`reply`](super::reply)), and so are those that find no memory when they begin to speak. None is closed where what a caller left in it could keep
 //! the door ([`accepted`](super::accepted)). Waiting connections are accepted in runs, so that
 //! a crowd is through before the next round of anything else, and nobody else's connection stands long behind
 //! it. Absent: what a request means; limits (the gate's); TLS.

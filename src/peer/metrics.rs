@@ -40,7 +40,7 @@ impl ConnectionMetrics {
             ),
             refused: make.counters(
                 "durward_connections_refused_total",
-                "Connections closed at accept, before any HTTP/2 state.",
+                "Connections that were refused, before any HTTP/2 state.",
             ),
             closed: make
                 .counters("durward_connections_closed_total", "Connections that were served and have ended."),

@@ -2,7 +2,8 @@
 //!
 //! A close alone says nothing of why, nor when to come back. But an answer costs more than a close, and has to wait for
 //! a request that may never come: so only the first few of a family are answered, a bounded number at a time, each within
-//! two seconds; the crowd behind them is closed. There is no HTTP/2 state: SETTINGS first, or some clients wait for
+//! two seconds; the crowd behind them is closed. One that was let in, and found no memory for its first byte, is answered in the
+//! same way. There is no HTTP/2 state: SETTINGS first, or some clients wait for
 //! them until their deadline, and empty ones, which the agent sends to nobody that it serves; then everything is skipped up
 //! to the first HEADERS, which need not be understood. Not trusted: anything that is sent.
 
@@ -14,6 +15,7 @@ use std::{
         fd::{AsFd as _, AsRawFd as _},
         unix::net::UnixStream as StdStream,
     },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -56,42 +58,74 @@ const REFUSED_STREAM: u32 = 7;
 const WHOLE: u8 = 0x5;
 const ACK: u8 = 0x1;
 
-/// The replies that are on their way. Dropped, they end.
+/// The replies of the accept loop that are on their way. Dropped, they end.
 #[derive(Debug, Default)]
 pub(super) struct Replies {
     going: JoinSet<()>,
+    pub(super) places: Arc<ReplyPlaces>,
+}
+
+impl Replies {
+    /// Answers with these headers, and closes.
+    pub(super) fn begin(&mut self, stream: Accepted<StdStream>, headers: &HeaderMap, place: ReplyPlace) {
+        while self.going.try_join_next().is_some() {}
+        // What cannot be registered is closed.
+        let Ok(stream) = stream.admit(()) else { return };
+        self.going.spawn(answer(stream, block(headers), place));
+    }
+}
+
+/// How many are answered now, and who was of late: at the gate, and where one that was let in is refused after all.
+#[derive(Debug, Default)]
+pub(super) struct ReplyPlaces(Mutex<ReplyCounts>);
+
+#[derive(Debug, Default)]
+struct ReplyCounts {
+    going: usize,
     /// When, and to whom, the last ones began.
     recent: VecDeque<(Instant, u64)>,
 }
 
-impl Replies {
-    /// Whether one of this family may be answered.
-    pub(super) fn may(&mut self, family: u64, now: Instant) -> bool {
-        while self.going.try_join_next().is_some() {}
-        while self.recent.front().is_some_and(|(began, _)| now.duration_since(*began) >= WITHIN) {
-            self.recent.pop_front();
-        }
-        self.going.len() < REPLIES
-            && self.recent.len() < RECENT
-            && self.recent.iter().filter(|(_, of)| *of == family).count() < OF_FAMILY
+/// One that may be answered. There is a place for another when this is dropped.
+#[derive(Debug)]
+pub(super) struct ReplyPlace(Arc<ReplyPlaces>);
+
+impl ReplyPlaces {
+    fn lock(&self) -> MutexGuard<'_, ReplyCounts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Answers with these headers, and closes.
-    pub(super) fn begin(
-        &mut self,
-        stream: Accepted<StdStream>,
-        headers: &HeaderMap,
-        family: u64,
-        now: Instant,
-    ) {
-        // What cannot be registered is closed.
-        let Ok(stream) = stream.admit(()) else { return };
-        self.recent.push_back((now, family));
-        let block = block(headers);
-        self.going.spawn(async move {
-            let _answered_or_gone = timeout(WITHIN, reply(stream, block)).await;
-        });
+    /// A place for one of this family, if it may be answered.
+    pub(super) fn take(self: &Arc<Self>, family: u64, now: Instant) -> Option<ReplyPlace> {
+        let mut counts = self.lock();
+        let ReplyCounts { going, recent } = &mut *counts;
+        while recent.front().is_some_and(|(began, _)| now.saturating_duration_since(*began) >= WITHIN) {
+            recent.pop_front();
+        }
+        let may = *going < REPLIES
+            && recent.len() < RECENT
+            && recent.iter().filter(|(_, of)| *of == family).count() < OF_FAMILY;
+        may.then(|| {
+            recent.push_back((now, family));
+            *going += 1;
+            ReplyPlace(Arc::clone(self))
+        })
     }
+}
+
+impl Drop for ReplyPlace {
+    fn drop(&mut self) {
+        self.0.lock().going -= 1;
+    }
+}
+
+/// Answers one that was let in, and is refused after all, with these headers, and closes it.
+pub(super) async fn answer_begun(stream: Accepted<UnixStream>, headers: &HeaderMap, place: ReplyPlace) {
+    answer(stream, block(headers), place).await;
+}
+
+async fn answer(stream: Accepted<UnixStream>, block: Vec<u8>, _place: ReplyPlace) {
+    let _answered_or_gone = timeout(WITHIN, reply(stream, block)).await;
 }
 
 /// Tells one that none of its calls is heard, without waiting for any, before it is closed.
@@ -303,17 +337,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_family_and_all_together_have_a_few_replies() {
-        let mut replies = Replies::default();
+        let replies = Arc::<ReplyPlaces>::default();
         let now = Instant::now();
-        let mut begin = |family: u64, now: Instant| {
-            let may = replies.may(family, now);
-            if may {
-                replies.recent.push_back((now, family));
-            }
-            may
-        };
+        let begin = |family: u64, now: Instant| replies.take(family, now).is_some();
         assert_eq!([1, 1, 1, 2].map(|family| begin(family, now)), [true, true, false, true]);
         assert_eq!((10..200).filter(|family| begin(*family, now)).count(), RECENT - 3);
         assert!(!begin(1, now + WITHIN / 2) && begin(1, now + WITHIN), "later there are more");
+        let later = now + 3 * WITHIN;
+        let mut going: Vec<ReplyPlace> = (10..200).map_while(|family| replies.take(family, later)).collect();
+        assert_eq!(going.len(), REPLIES, "so many at a time");
+        going.pop();
+        assert!(begin(300, later));
     }
 }

@@ -71,7 +71,7 @@ impl ConnectionStats {
         self.became_full.load(Relaxed)
     }
 
-    /// Connections that were closed at accept.
+    /// Connections that were refused, before any HTTP/2 state.
     pub fn refused(&self, why: ConnectionRefusal) -> u64 {
         self.refused.with(why, |n| n.load(Relaxed))
     }
@@ -111,18 +111,27 @@ impl ConnectionStats {
 pub(super) struct OpenConnection {
     pub(super) stats: Arc<ConnectionStats>,
     pub(super) why: ConnectionEnd,
+    refused: Option<ConnectionRefusal>,
 }
 
 impl OpenConnection {
     pub(super) fn count(stats: &Arc<ConnectionStats>) -> Self {
         stats.open.fetch_add(1, Relaxed);
-        Self { stats: Arc::clone(stats), why: ConnectionEnd::Aborted }
+        Self { stats: Arc::clone(stats), why: ConnectionEnd::Aborted, refused: None }
+    }
+
+    /// It is refused after all, and counts as those that never were open.
+    pub(super) fn refuse(mut self, why: ConnectionRefusal) {
+        self.refused = Some(why);
     }
 }
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
         self.stats.open.fetch_sub(1, Relaxed);
+        if let Some(why) = self.refused {
+            return self.stats.count_refused(why);
+        }
         let why = if std::thread::panicking() { ConnectionEnd::Panicked } else { self.why };
         self.stats.closed.with(why, |n| n.fetch_add(1, Relaxed));
     }

@@ -141,7 +141,8 @@ pub(crate) struct Server {
     pub(crate) name: &'static str,
 }
 
-struct Child(std::process::Child);
+/// Killed when it is dropped.
+pub(crate) struct Child(pub(crate) std::process::Child);
 
 impl Drop for Child {
     fn drop(&mut self) {

@@ -26,7 +26,7 @@ use std::{
 };
 
 use nix::unistd::getppid;
-use support::{Client, JWT, NO_LIMITS, Server, X509, floor_process, jwt_request, median, row};
+use support::{Child, Client, JWT, NO_LIMITS, Server, X509, floor_process, jwt_request, median, row};
 
 const ROUND: Duration = Duration::from_secs(1);
 const ROUNDS: usize = 7;
@@ -106,17 +106,18 @@ async fn in_turns(
 /// Set for those who keep a processor awake: the process that they do it for.
 const AWAKE_FOR: &str = "DURWARD_BENCH_AWAKE_FOR";
 
-/// One for each processor. They end with this process.
-fn keep_awake() {
-    for _ in 0..std::thread::available_parallelism().map_or(1, NonZero::get) {
-        Command::new("chrt")
+/// One for each processor. They end with this process, however it ends.
+fn keep_awake() -> Vec<Child> {
+    let one = |_| {
+        let spinning = Command::new("chrt")
             .args(["--idle", "0"])
             .arg(std::env::current_exe().expect("this program"))
             .env(AWAKE_FOR, std::process::id().to_string())
             .stdin(Stdio::null())
-            .spawn()
-            .expect("chrt, of util-linux");
-    }
+            .spawn();
+        Child(spinning.expect("chrt, of util-linux"))
+    };
+    (0..std::thread::available_parallelism().map_or(1, NonZero::get)).map(one).collect()
 }
 
 /// The process of one of them ends here; any other goes on.
@@ -146,9 +147,7 @@ fn main() {
             .zip([["jwt", "x509"], ["kept", "new"]])
             .all(|(name, all)| of(&all) || asked.iter().any(|it| it == name))
     };
-    if asked.iter().any(|it| it == "awake") {
-        keep_awake();
-    }
+    let _awake = asked.iter().any(|it| it == "awake").then(keep_awake);
     let beside = std::env::var_os("DURWARD_BESIDE").map(PathBuf::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -230,7 +230,7 @@ async fn it_answers_when_the_public_socket_takes_nobody() {
     }
     let mut admin = agent.admin().await;
     let caller = format!("uid:{}", nix::unistd::geteuid());
-    let most = [pb::Connections { caller, open: 64, held: 64 * PARKED }];
+    let most = [pb::Connections { caller, open: 64, held: 64 * PARKED, others: 0 }];
     // Connections are taken one after the other, some perhaps after a question.
     let full = async {
         while admin.limits(pb::LimitsRequest { top: 1 }).await.unwrap().into_inner().connections != most {

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Read as _,
+    io::{Read as _, Write as _},
     os::unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -13,6 +13,7 @@ use durward::{api::proto::workload::JwtsvidRequest, os::cgroup};
 use nix::unistd::geteuid;
 
 use crate::{
+    frames::{PREFACE, SETTINGS, call_frames, frame, message},
     hostile::{NEIGHBOUR, PATIENCE},
     support::{Process, TRUST_DOMAIN, entry, request, write_config},
 };
@@ -138,6 +139,12 @@ async fn what_the_cgroup_cannot_give_is_an_error_with_its_place() {
         ("keys", "keys = 16777216", "ratelimit.keys 16777216: take 11274289152 bytes"),
         ("a reserve", "gate { reserve = 1000 }", "ratelimit.gate.reserve 1000: is memory for"),
         ("connections", "gate { connections = 1000 }", "ratelimit.gate.connections 1000: holds"),
+        ("admin connections", "gate { admin = 600 }", "ratelimit.gate.admin 600: take 24576000 bytes"),
+        (
+            "a step in what is nobody's",
+            "memory { shrink_caches_at = 90 refuse_new_at = 95 close_heaviest_at = 99 }",
+            "ratelimit.memory.shrink_caches_at 90: is 22649242 bytes",
+        ),
         (
             "streams of connections",
             "gate { connections = 100 connection { streams = 100 } }",
@@ -301,6 +308,56 @@ fn fetch_as_neighbour(place: &Place) -> Output {
     let mut command = Command::new(PROGRAM);
     command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
     command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR).output().unwrap()
+}
+
+/// Of a reserve that is larger than memory has room for less counts, and whoever looks hears how much.
+#[tokio::test(flavor = "multi_thread")]
+async fn how_much_of_a_reserve_counts_is_said() {
+    let Some(cgroup) = Confined::make("reserve") else { return };
+    let place = Place::with("gate { reserve = 500 }");
+    let want =
+        "ratelimit.gate.reserve is 500, and an eighth of the memory budget has room for 76, which count";
+    let checked = cgroup.durward(&["validate"], place.dir());
+    let said = text(&checked).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(checked.status.success() && said.contains(want), "{said}");
+    let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
+    let _client = agent.serving(place.dir()).await;
+    assert!(place.log().contains(want), "{}", place.log());
+    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve is 500");
+    assert!(!status.contains("Wrong:        nothing"), "{status}");
+    place.set("gate { reserve = 76 }");
+    let _reloaded = place.ask(&["reload"]);
+    let _status = place.told(&["status"], "Wrong:        nothing");
+}
+
+/// As many admin connections as may be set are held beside a crowd, and whoever is polite is served.
+#[tokio::test(flavor = "multi_thread")]
+async fn admin_connections_fit_beside_a_crowd() {
+    let Some(cgroup) = Confined::make("admins") else { return };
+    let place = Place::with("gate { admin = 76 }");
+    let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
+    let _client = agent.serving(place.dir()).await;
+    let hello = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    let asks = [&hello[..], &call_frames(1, "/SpiffeWorkloadAPI/FetchX509SVID", &message(&[]))].concat();
+    let open = |at: &Path, sends: &[u8]| {
+        let mut stream = UnixStream::connect(at).unwrap();
+        // It may be refused by then.
+        drop(stream.write_all(sends));
+        stream
+    };
+    let crowd: Vec<UnixStream> = (0..300).map(|_| open(&place.dir().join("api.sock"), &asks)).collect();
+    let admins: Vec<UnixStream> = (0..74).map(|_| open(&place.admin(), &hello)).collect();
+    let status = place.told(&["status"], "Wrong:        nothing");
+    assert!(!agent.has_ended(), "{status}\n{}", place.log());
+    if geteuid().is_root() {
+        let mut command = Command::new(PROGRAM);
+        command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
+        command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    assert!(!agent.has_ended(), "{}", place.log());
+    drop((crowd, admins));
 }
 
 /// Reads what comes on those that are closed, and keeps the others.

@@ -85,7 +85,7 @@ impl AcceptGate for Narrow {
         Some(Arc::clone(&self.room))
     }
 
-    fn answer(&self, _arrival: &Arrival, _why: ConnectionRefusal) -> Option<HeaderMap> {
+    fn answer(&self, _caller: CallerKey, _why: ConnectionRefusal) -> Option<HeaderMap> {
         let told = [("content-type", "application/grpc"), ("grpc-status", "14"), ("grpc-message", "no room")];
         let told = told.map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
         self.tells.then(|| told.into_iter().collect())

@@ -15,8 +15,10 @@ use std::{
 
 use bytes::Bytes;
 use durward::{
+    api::status::refused_connection,
     limits::{
         CallerKey, ConnectionPermit, ConnectionRefusal, Gate, GatePlan, LimitSettings, Limits,
+        RejectionStatus,
         budget::{HEAD, HTTP2, PARKED, STREAM, UNSENT, WAITING, kept, unsent},
         holding::{Holding, Notice},
     },
@@ -25,7 +27,7 @@ use durward::{
         AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats, Drained,
         Peer, RequestBody, Socket, Unheard,
     },
-    telemetry::registry::Registry,
+    telemetry::registry::{Label as _, Registry},
 };
 use futures_util::{StreamExt as _, stream};
 use http_body::Frame;
@@ -40,8 +42,8 @@ use tokio::{
 
 use crate::{
     frames::{
-        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, SETTINGS, block, frame,
-        jwt_request, literal, settings,
+        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, SETTINGS, block, call_frames,
+        frame, jwt_request, literal, settings,
     },
     listener::guarded,
     support::TestAgent,
@@ -58,10 +60,10 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new() -> Self {
+    fn new(budget: Option<u64>) -> Self {
         let settings = LimitSettings::default();
         let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-        let gate = Gate::new(GatePlan::new(&settings, 20_000, None).unwrap(), &limits);
+        let gate = Gate::new(GatePlan::new(&settings, 20_000, budget).unwrap(), &limits);
         Self { gate, caller: AtomicU32::new(1), holdings: Mutex::default() }
     }
 
@@ -83,6 +85,14 @@ impl AcceptGate for Keeper {
 
     fn holding(permit: &ConnectionPermit) -> Arc<Holding> {
         Arc::clone(permit.holding())
+    }
+
+    fn refuse_begun(&self, permit: &ConnectionPermit, _peer: &Peer) -> ConnectionRefusal {
+        self.gate.refuse_begun(permit)
+    }
+
+    fn answer(&self, _caller: CallerKey, why: ConnectionRefusal) -> Option<http::HeaderMap> {
+        refused_connection(why, None, RejectionStatus::ResourceExhausted)
     }
 }
 
@@ -208,10 +218,15 @@ struct Server {
 impl Server {
     /// With room for 100 streams on each connection.
     fn start() -> Self {
+        Self::within(None)
+    }
+
+    /// The same, with so much memory.
+    fn within(budget: Option<u64>) -> Self {
         let bounds = ConnectionBounds { max_concurrent_streams: 100, ..ConnectionBounds::default() };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let keeper = Arc::new(Keeper::new());
+        let keeper = Arc::new(Keeper::new(budget));
         let listener = guarded(Socket::bind(&path, 0o777).unwrap(), Arc::clone(&keeper), bounds);
         let stats = Arc::clone(&listener.stats);
         let ways = Arc::new(Ways {
@@ -308,6 +323,72 @@ async fn what_a_connection_holds_is_told_and_given_back() {
 }
 
 /// What is being answered is, streams are told to come back, what has no end is cut; who is silent is closed.
+/// Of those who were let in and find no memory when they begin to speak the first few hear why, and the crowd is closed; all are
+/// refused connections of theirs. Who finds some within a quarter of a second is served, and so is a neighbour.
+#[tokio::test]
+async fn who_finds_no_memory_for_its_first_byte_hears_why() {
+    const CROWD: u32 = 12;
+    let server = Server::within(Some(64 << 20));
+    let gate = &server.keeper.gate;
+    let mut crowd = Vec::new();
+    for nth in 0..CROWD {
+        server.keeper.caller.store(100 + nth, SeqCst);
+        crowd.push(UnixStream::connect(&server.path).await.unwrap());
+        server.keeper.last().await;
+    }
+    server.keeper.caller.store(200, SeqCst);
+    let mut late = UnixStream::connect(&server.path).await.unwrap();
+    server.keeper.last().await;
+    let asked =
+        [PREFACE, &frame(SETTINGS, 0, 0, &[]), &call_frames(1, FETCH_JWT, &jwt_request("a"))].concat();
+    let hog = gate.open(CallerKey::Uid(1)).unwrap();
+    hog.holding().hold(61 << 20);
+    for stream in &mut crowd {
+        stream.write_all(&asked).await.unwrap();
+    }
+    let refused = || server.stats.refused(ConnectionRefusal::MemoryTaken);
+    until("all are refused", || refused() == u64::from(CROWD)).await;
+    assert_eq!(server.stats.open(), 1, "the one that is still silent");
+    // A neighbour that comes now has what is set aside for it.
+    server.keeper.caller.store(300, SeqCst);
+    let (mut send, _held) = server.client().await;
+    let answer = Open::begin(&mut send, "/bytes/9").await.unwrap();
+    assert_eq!(answer.end().await.unwrap(), (9, "0".to_owned()));
+    let mut told = 0;
+    for stream in &mut crowd {
+        let mut got = Vec::new();
+        // What a closed one had sent nobody read.
+        drop(tokio::time::timeout(PATIENCE, stream.read_to_end(&mut got)).await.unwrap());
+        let says = |text: &[u8]| got.windows(text.len()).any(|it| it == text);
+        if !got.is_empty() {
+            assert!(says(b"grpc-status") && says(b"grpc-retry-pushback-ms") && says(b"memory"), "{got:?}");
+            told += 1;
+        }
+    }
+    assert_eq!(told, 2);
+    let rows = gate.report(100);
+    for nth in 0..CROWD {
+        let caller = CallerKey::Uid(100 + nth);
+        let row = rows.iter().find(|row| row.name.to_string() == caller.to_string()).unwrap();
+        assert_eq!((row.used, row.refused), (0, 1), "{row:?}");
+    }
+    let closed = ConnectionEnd::VALUES.iter().map(|why| server.stats.closed(*why)).sum::<u64>();
+    assert_eq!(closed, 0, "a refused one is no served one that ended");
+
+    late.write_all(&asked).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    hog.holding().release(61 << 20);
+    let mut byte = [0];
+    assert_eq!(
+        tokio::time::timeout(PATIENCE, late.read(&mut byte)).await.unwrap().unwrap(),
+        1,
+        "it is served"
+    );
+    assert_eq!(refused(), u64::from(CROWD));
+    drop((crowd, late, send, hog));
+    server.drain().await;
+}
+
 #[tokio::test]
 async fn who_is_told_to_come_back_may_finish() {
     let server = Server::start();

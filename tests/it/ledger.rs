@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use durward::limits::budget::{HEAD, HTTP2, PARKED, STREAM, WAITING};
+use durward::limits::budget::{HEAD, HTTP2, NEWCOMER, PARKED, SPARE, STREAM, WAITING};
 use nix::{
     sys::{
         resource::{Resource, getrlimit, setrlimit},
@@ -478,6 +478,72 @@ fn who_was_let_in_is_served_though_its_crowd_is_above_its_share() {
     // One more on any of them is one too many.
     let more = call(&agent.socket(), FETCH_JWT, &jwt_request("more"), PATIENCE);
     assert_ne!(more, Called::Answered, "it has its share");
+}
+
+/// Of a crowd that was let in while there was room, and of which half finds no memory when all of it begins to speak, each that is
+/// refused is counted for its caller and told of; the first few hear why themselves, and a neighbour is served.
+#[test]
+fn who_finds_no_memory_to_begin_is_refused_by_name() {
+    const CROWD: u64 = 800;
+    let limits = &format!("{BYTES_ALONE} gate {{ connection {{ handshake_timeout = \"5m\" }} }}");
+    let agent = Weighed::start("begins", limits);
+    assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
+    agent.wait_for("held", |held| held == 0);
+    let mut crowd = agent.connections(CROWD.try_into().unwrap());
+    agent.wait_for("held", |held| held == CROWD * PARKED);
+    // For half of them, beside what is set aside and what is nobody's; and nobody is told to go before that.
+    let budget = agent.measured().max(agent.memory("used")) + CROWD / 2 * HTTP2 + 64 * NEWCOMER + SPARE;
+    let late = (budget - SPARE) * 100 / budget;
+    let memory = format!("memory {{ limit = {budget} refuse_new_at = {late} close_heaviest_at = 99 }}");
+    write_config(agent.dir.path(), &blocks(agent.dir.path(), &format!("{limits} {memory}")));
+    agent.process.signal(Signal::SIGHUP);
+    agent.wait_for("budget", |told| told == budget);
+    for stream in &mut crowd {
+        watch(stream, 0, 1).unwrap();
+    }
+    let refused = || {
+        ["memory", "memory_taken"]
+            .map(|why| agent.series(&format!("durward_connections_refused_total{{reason=\"{why}\"}} ")))
+            .iter()
+            .sum::<u64>()
+    };
+    let began = Instant::now();
+    let came = |stream: &mut UnixStream| {
+        stream.set_nonblocking(true).unwrap();
+        let mut all = Vec::new();
+        (stream.read_to_end(&mut all).is_ok() || !all.is_empty()).then_some(all)
+    };
+    while agent.series("durward_connections_parked ") > 0 || refused() < 50 {
+        assert!(began.elapsed() < PATIENCE, "{}\n{}", refused(), agent.log());
+        thread::sleep(Duration::from_millis(50));
+    }
+    if let Some(mut command) = neighbour(&agent, &["fetch", "jwt", "--audience", "a"]) {
+        assert!(command.output().unwrap().status.success(), "{}", agent.log());
+    }
+    let told = crowd.iter_mut().filter_map(came).filter(|got| {
+        got.windows(11).any(|text| text == b"grpc-status") && got.windows(6).any(|text| text == b"memory")
+    });
+    assert!((1..=8).contains(&told.count()), "the first few");
+    let admin = agent.dir.path().join("data/admin.sock");
+    let ask = |words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
+        let out = command.args(words).arg("--socket-path").arg(&admin).output().unwrap();
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let told: serde_json::Value = serde_json::from_str(&ask(&["limits", "--output", "json"])).unwrap();
+    let own = format!("uid:{}", geteuid());
+    let row =
+        told["heaviest"].as_array().unwrap().iter().find(|row| row["stage"] == "gate" && row["key"] == own);
+    let of_caller = row.unwrap_or_else(|| panic!("{told}"))["refused"].as_u64().unwrap();
+    assert!(of_caller >= 50 && of_caller <= refused(), "{told}");
+    let explained = ask(&["explain", "--pid", &std::process::id().to_string()]);
+    assert!(explained.contains(" of its connections were refused\n"), "{explained}");
+    let log = || agent.log();
+    let (refusal, audit) = (format!("caller={own} short_of=memory"), "audit: connection refused");
+    while !log().contains(&refusal) || !log().contains(audit) {
+        assert!(began.elapsed() < PATIENCE, "{}", log());
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Who has all places and does not read that it is to go loses some, as soon as one who has few is refused for them.

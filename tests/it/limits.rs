@@ -14,7 +14,7 @@ use durward::{
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
         NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
-        budget::{HTTP2, Pressure, connection_at_most},
+        budget::{ADMIN_CONNECTION, HTTP2, Pressure, connection_at_most},
         caller::Caller,
         caller_pattern::CallerPattern,
         gate_plan::NoRoomError,
@@ -1008,7 +1008,7 @@ async fn short_memory_stops_those_who_hold_their_share_and_nobody_else() {
     }
     let told = gate.out_of_room();
     assert!(told.iter().any(|it| it.caller == one && it.held > 30 << 20 && it.held >= it.share), "{told:?}");
-    assert_eq!(gate.heaviest(1).first().map(|(caller, open, _)| (*caller, *open)), Some((one, 5)));
+    assert_eq!(gate.heaviest(1).first().map(|(holder, open, _)| (holder.caller, *open)), Some((one, 5)));
     drop((held, few));
 }
 
@@ -1159,6 +1159,169 @@ async fn who_begins_to_speak_finds_room_up_to_the_end() {
     assert!(!second.holding().try_hold(HTTP2), "the last part is nobody's");
     hog.holding().release(1 << 20);
     assert!(second.holding().try_hold(HTTP2));
+}
+
+/// Memory for the admin connections that are set is set aside, whether they are open or not.
+#[tokio::test(start_paused = true)]
+async fn memory_for_admin_connections_is_no_callers() {
+    const MIB: u64 = 1 << 20;
+    let fits = |admin: u32, open: u32| {
+        let gate = gate_within(GateSettings { admin, ..GateSettings::default() }, Some(24 * MIB));
+        let _admins: Vec<ConnectionPermit> = (0..open).map(|_| gate.open_admin().unwrap()).collect();
+        gate.look(Some(4 * MIB + u64::from(open) * ADMIN_CONNECTION), 4 * MIB);
+        let hog = gate.open(CallerKey::Uid(1)).unwrap();
+        let fits = (0..24 * 16).take_while(|_| hog.holding().try_hold(MIB / 16)).count();
+        assert!(gate.open(CallerKey::Uid(2)).is_ok(), "a neighbour is served");
+        u64::try_from(fits).unwrap() * MIB / 16
+    };
+    let usual = fits(8, 0);
+    let more = 68 * ADMIN_CONNECTION;
+    for open in [0, 76] {
+        let few = fits(76, open);
+        assert!(few.abs_diff(usual - more) <= MIB / 2, "{open}: {few}, and {usual} usually");
+    }
+}
+
+/// What is lifted of a rate lifts no number of connections.
+#[tokio::test(start_paused = true)]
+async fn unlimited_at_the_gate_is_of_the_rate_alone() {
+    let of = |uid, limit| (CallerPattern::One(CallerKey::Uid(uid)), gate_rule(3, limit));
+    let overrides = vec![of(1, Limit::Unlimited), of(2, Limit::Exempt)];
+    let gate = gate(GateSettings {
+        rules: GateRules::new(gate_rule(3, quota(0.01, 5)), overrides).unwrap(),
+        ..GateSettings::default()
+    });
+    let open = |uid| gate.open(CallerKey::Uid(uid));
+    for (uid, want) in [(1, 3), (2, 20), (3, 3)] {
+        let held: Vec<ConnectionPermit> = (0..20).map_while(|_| open(uid).ok()).collect();
+        assert_eq!(held.len(), want, "{uid}");
+    }
+    assert_eq!(open(1).map(drop), Ok(()));
+    let again = |uid| (0..50).filter(|_| open(uid).is_ok()).count();
+    assert_eq!((again(1), again(3)), (50, 2), "one after the other");
+    let held: Vec<ConnectionPermit> = (0..3).map(|_| open(1).unwrap()).collect();
+    assert_eq!(open(1).err(), Some(ConnectionRefusal::CallerConnections));
+    assert_eq!((gate.held_by(CallerKey::Uid(1)).most, gate.refused(CallerKey::Uid(1))), (Some(3), 2));
+    drop(held);
+}
+
+/// Who has no bucket of its own is told what it shares with others, and how that stands.
+#[tokio::test(start_paused = true)]
+async fn who_has_no_bucket_of_its_own_sees_what_it_shares() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let rule = GateRule { rate: Some(quota(0.01, 5)), ..GateRule::default() };
+    let settings = LimitSettings {
+        gate: GateSettings { rules: rules(rule), ..GateSettings::default() },
+        caller: layers(quota(0.01, 10)),
+        keys: TableSize::new(16).unwrap(),
+        ..open()
+    };
+    let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+    // Of one range, as only one user could make them.
+    let mut last = None;
+    for uid in 100_000..100_040 {
+        last = (0..7).map(|_| gate.open(CallerKey::Uid(uid)).map(drop)).find_map(Result::err);
+        drop(call(&limits, uid, JWT, &entries(&["web"])));
+    }
+    assert_eq!(last, Some(ConnectionRefusal::OverflowRate));
+    let crowd = CallerKey::Uid(100_039);
+    let (name, standing) = gate.standing(crowd);
+    assert_eq!((name, tokens(standing)), (BucketName::WithoutBucket, Some((0, 5))));
+    let wait = gate.wait(crowd, ConnectionRefusal::OverflowRate);
+    assert!(wait.is_some_and(|wait| wait > Duration::from_secs(10)), "{wait:?}");
+    let (name, standing) = limits.caller_standing(crowd, JWT);
+    assert_eq!((name, tokens(standing)), (BucketName::WithoutBucket, Some((0, 10))));
+    let first = CallerKey::Uid(100_000);
+    assert_eq!(gate.standing(first).0, BucketName::Caller(first), "it has one");
+    // And a neighbour has all of its own.
+    let other = CallerKey::Uid(7);
+    assert_eq!(
+        (gate.standing(other).0, tokens(gate.standing(other).1)),
+        (BucketName::Caller(other), Some((5, 5)))
+    );
+    assert!(gate.open(other).is_ok());
+    let text = text_of(&recorder);
+    let of = |key| {
+        let series = format!(
+            "durward_rate_limit_exceeded_total{{key_type=\"{key}\",method=\"connect\",reason=\"rate\",stage=\"gate\"}}"
+        );
+        text.iter()
+            .filter(|(name, _)| labels_of(name) == labels_of(&series))
+            .map(|(_, count)| *count)
+            .sum::<f64>()
+    };
+    assert_eq!(of("overflow"), 38.0, "{text:?}");
+}
+
+/// The name and the labels of a series, in whatever order they stand.
+fn labels_of(series: &str) -> Vec<&str> {
+    let mut labels: Vec<&str> = series.split(['{', '}', ',']).collect();
+    labels.sort_unstable();
+    labels
+}
+
+/// Who was let in and finds no memory when it begins to speak is refused like who finds none at once, and keeps its token.
+#[tokio::test(start_paused = true)]
+async fn who_finds_no_memory_to_begin_is_refused_by_name() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let settings = LimitSettings {
+        gate: GateSettings { rules: rules(gate_rule(50, quota(0.01, 5))), ..GateSettings::default() },
+        ..open()
+    };
+    let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, Some(64 << 20)).unwrap(), &limits);
+    let [hog, polite] = [1, 2].map(CallerKey::Uid);
+    let (large, small) = (gate.open(hog).unwrap(), gate.open(polite).unwrap());
+    large.holding().hold(61 << 20);
+    assert!(!small.holding().try_hold(HTTP2));
+    assert_eq!(gate.refuse_begun(&small), ConnectionRefusal::MemoryTaken);
+    assert_eq!(gate.refuse_begun(&large), ConnectionRefusal::Memory, "it holds its share, and more");
+    let row = |caller| {
+        let name = BucketName::Caller(caller);
+        let row = gate.report(10).into_iter().find(|row| row.name == name).unwrap();
+        (row.used, row.refused, gate.refused(caller))
+    };
+    assert_eq!((row(hog), row(polite)), ((0, 1, 1), (0, 1, 1)));
+    let told = gate.out_of_room();
+    let of = |caller| told.iter().find(|it| it.caller == caller).map(|it| it.refusal);
+    assert_eq!(
+        [hog, polite].map(of),
+        [Some(ConnectionRefusal::Memory), Some(ConnectionRefusal::MemoryTaken)]
+    );
+    let text = text_of(&recorder);
+    let of_node = text.iter().filter(|(name, _)| {
+        name.starts_with("durward_rate_limit_exceeded_total") && name.contains(r#"stage="node""#)
+    });
+    assert_eq!(of_node.map(|(_, count)| *count).sum::<f64>(), 2.0, "{text:?}");
+    drop((large, small));
+    let held: Vec<ConnectionPermit> = (0..9).map_while(|_| gate.open(polite).ok()).collect();
+    assert_eq!(held.len(), 5, "it has its whole burst");
+}
+
+/// Who can be many callers is one where it is told of, as it is where memory is shared.
+#[tokio::test(start_paused = true)]
+async fn a_family_is_named_as_one() {
+    let families = Families::parse("somebody:100000:65536\n", |_| None);
+    let settings = LimitSettings { families, ..open() };
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, Some(24 << 20)).unwrap(), &limits(&settings));
+    let open = |uid| gate.open(CallerKey::Uid(uid));
+    let of_family: Vec<ConnectionPermit> = (100_001..100_301).map(|uid| open(uid).unwrap()).collect();
+    of_family.iter().for_each(|permit| permit.holding().hold(50 << 10));
+    let user: Vec<ConnectionPermit> = (0..3).map(|_| open(7).unwrap()).collect();
+    user.iter().for_each(|permit| permit.holding().hold(200 << 10));
+    let most: Vec<String> = gate.heaviest(9).iter().map(|(holder, ..)| holder.to_string()).collect();
+    assert_eq!(most, ["uid:100001 and 299 others of its range", "uid:7"]);
+    assert_eq!(gate.holder(CallerKey::Uid(100_500)).to_string(), most[0]);
+    gate.look(None, 4 << 20);
+    for uid in 100_400..100_420 {
+        assert_eq!(open(uid).err(), Some(ConnectionRefusal::Memory));
+    }
+    let told = gate.out_of_room();
+    let heads: Vec<CallerKey> = told.iter().map(|it| it.head).collect();
+    assert_eq!(heads, [CallerKey::Uid(100_000)], "one line for all of it: {told:?}");
+    assert!(open(8).is_ok(), "who is alone is served");
+    drop((of_family, user));
 }
 
 /// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.

@@ -569,7 +569,7 @@ fn mistakes_say_what_would_be_right() {
         (
             "connections of the exempt",
             "gate { caller { connections = 9 exempt = true } }",
-            "29: ratelimit.gate.caller.connections 9: has no effect beside exempt, block or unlimited: take one of them out",
+            "29: ratelimit.gate.caller.connections 9: has no effect beside exempt or block: take one of them out",
         ),
         (
             "sharing at the gate",

@@ -137,6 +137,9 @@ pub struct Connections {
     /// Bytes that they hold, as it is reckoned.
     #[prost(uint64, tag = "3")]
     pub held: u64,
+    /// How many further callers of its family they are of too; 0 where they are the caller's alone.
+    #[prost(uint32, tag = "4")]
+    pub others: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Memory {
@@ -241,9 +244,12 @@ pub struct Holding {
     pub node_connections: u32,
     #[prost(uint32, tag = "8")]
     pub most_connections: u32,
-    /// The caller that holds most bytes; absent where nobody is connected.
+    /// Who holds most bytes, a caller or a family; absent where nobody is connected.
     #[prost(message, optional, tag = "9")]
     pub heaviest: ::core::option::Option<Connections>,
+    /// How many connections of the caller were refused, since its bucket at the gate became known.
+    #[prost(uint32, tag = "10")]
+    pub refused: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Said {
@@ -508,6 +514,8 @@ pub enum Limit {
     Exempt = 3,
     /// Every call is refused.
     Blocked = 4,
+    /// There are several buckets, for callers that have none of their own: each for those that one user could be.
+    Several = 5,
 }
 impl Limit {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -521,6 +529,7 @@ impl Limit {
             Self::Unlimited => "UNLIMITED",
             Self::Exempt => "EXEMPT",
             Self::Blocked => "BLOCKED",
+            Self::Several => "SEVERAL",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -531,6 +540,7 @@ impl Limit {
             "UNLIMITED" => Some(Self::Unlimited),
             "EXEMPT" => Some(Self::Exempt),
             "BLOCKED" => Some(Self::Blocked),
+            "SEVERAL" => Some(Self::Several),
             _ => None,
         }
     }
