@@ -209,6 +209,16 @@ impl Accounts {
         }
     }
 
+    /// Groups that have a connection.
+    pub(super) fn groups(&self) -> usize {
+        self.groups.len() - self.owing
+    }
+
+    /// Whether a group has more connections than this.
+    pub(super) fn any_above(&self, connections: u32) -> bool {
+        self.groups.values().any(|account| account.open() > connections)
+    }
+
     /// The callers that hold most bytes: with their connections, and these bytes.
     pub(super) fn heaviest(&self, n: usize) -> Vec<(CallerKey, u32, u64)> {
         let of =
@@ -275,6 +285,35 @@ impl Accounts {
                 told
             })
             .collect()
+    }
+
+    /// Tells connections to come back that so many others want, but for those that are on their way: each time the newest of the
+    /// group that has most, as long as that is more than `share`.
+    pub(super) fn make_way(&self, wanted: u32, share: u32) -> Vec<ToldToGo> {
+        let notice = Notice::ComeBack;
+        let mut told = Vec::new();
+        let (mut leaving, mut stay) = (0, Vec::new());
+        for account in self.groups.values().filter(|account| account.open() > share) {
+            let told =
+                |told: Option<Notice>| account.open.values().filter(|(_, it)| it.notice() == told).count();
+            leaving += told(Some(notice));
+            let newest = account.open.values().rev().filter(|(_, holding)| holding.notice().is_none());
+            stay.push((told(None), account.open(), newest));
+        }
+        for _ in leaving..usize::try_from(wanted).unwrap_or(usize::MAX) {
+            let most = stay.iter_mut().max_by_key(|(left, ..)| *left);
+            let Some((left, held, newest)) =
+                most.filter(|(left, ..)| u32::try_from(*left).is_ok_and(|left| left > share))
+            else {
+                break;
+            };
+            let Some((caller, holding)) = newest.next() else { break };
+            *left -= 1;
+            holding.tell(notice);
+            let (held, share) = (u64::from(*held), u64::from(share));
+            told.push(ToldToGo { caller: *caller, short: Weight::Connections.short(), held, share, notice });
+        }
+        told
     }
 
     /// Closes connections that were told to come back at `before` or earlier and have not gone, of groups that weigh more than
