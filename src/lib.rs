@@ -122,7 +122,8 @@
 //!
 //! **Who finds no room waits a moment, unread.** A crowd after a restart is over in less than that. A connection that is
 //! refused for want of room alone keeps its descriptor for up to 250 ms, and is asked for again when there is room, families
-//! in turns. What an admin set as a limit refuses at once.
+//! in turns; where others have all places it waits two seconds, and whoever leaves leaves it to who waits. What an admin set
+//! as a limit refuses at once.
 //!
 //! **Places are kept for those who hold little, in parts that take nothing from each other.** By its share of a crowd larger
 //! than the gate nobody has more than one connection, and one that had eight before it came would lose seven. So it keeps
