@@ -287,33 +287,31 @@ impl Accounts {
             .collect()
     }
 
-    /// Tells connections to come back that so many others want, but for those that are on their way: each time the newest of the
-    /// group that has most, as long as that is more than `share`.
+    /// Tells connections to come back that so many others want, but for those that are on their way: the newest of all groups that
+    /// have more than `share`, and so many of each that it has that still.
     pub(super) fn make_way(&self, wanted: u32, share: u32) -> Vec<ToldToGo> {
         let notice = Notice::ComeBack;
-        let mut told = Vec::new();
-        let (mut leaving, mut stay) = (0, Vec::new());
+        let (mut leaving, mut goes) = (0, Vec::new());
         for account in self.groups.values().filter(|account| account.open() > share) {
+            let (held, least) =
+                (account.weight(Weight::Connections), usize::try_from(share).unwrap_or(usize::MAX));
             let told =
                 |told: Option<Notice>| account.open.values().filter(|(_, it)| it.notice() == told).count();
             leaving += told(Some(notice));
-            let newest = account.open.values().rev().filter(|(_, holding)| holding.notice().is_none());
-            stay.push((told(None), account.open(), newest));
+            let newest = account.open.iter().rev().filter(|(_, (_, it))| it.notice().is_none());
+            goes.extend(
+                newest.take(told(None).saturating_sub(least)).map(|(order, one)| (*order, one, held)),
+            );
         }
-        for _ in leaving..usize::try_from(wanted).unwrap_or(usize::MAX) {
-            let most = stay.iter_mut().max_by_key(|(left, ..)| *left);
-            let Some((left, held, newest)) =
-                most.filter(|(left, ..)| u32::try_from(*left).is_ok_and(|left| left > share))
-            else {
-                break;
-            };
-            let Some((caller, holding)) = newest.next() else { break };
-            *left -= 1;
-            holding.tell(notice);
-            let (held, share) = (u64::from(*held), u64::from(share));
-            told.push(ToldToGo { caller: *caller, short: Weight::Connections.short(), held, share, notice });
-        }
-        told
+        goes.sort_unstable_by_key(|(order, ..)| std::cmp::Reverse(*order));
+        goes.truncate(usize::try_from(wanted).unwrap_or(usize::MAX).saturating_sub(leaving));
+        let (short, share) = (Weight::Connections.short(), u64::from(share));
+        goes.into_iter()
+            .map(|(_, (caller, holding), held)| {
+                holding.tell(notice);
+                ToldToGo { caller: *caller, short, held, share, notice }
+            })
+            .collect()
     }
 
     /// Closes connections that were told to come back at `before` or earlier and have not gone, of groups that weigh more than

@@ -84,7 +84,7 @@ pub(super) struct GateState {
 struct WantedPlaces {
     /// How many were refused for that since these were last told to go.
     refused: u32,
-    /// What each may have of the places, if all have the same.
+    /// What each would have, if all had the same.
     each: u32,
     /// Until then whoever has that gets no more.
     until: u64,
@@ -590,10 +590,7 @@ impl GateState {
             return Some(Vacancy::Beside);
         }
         let (part, each) = (part?, self.each_may_have(plan));
-        let may_lose = |group| {
-            let open = self.accounts.of_group(group).0;
-            part != KeptFor::Few || open > each.max(group_open + 1)
-        };
+        let may_lose = |group| part != KeptFor::Few || self.accounts.of_group(group).0 > each.max(group_open);
         self.places.vacancy(part, now, it.group, may_lose)
     }
 
