@@ -69,7 +69,7 @@ use crate::{
 const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 
 /// How much longer than its time a drain may take, until it is taken for one that hangs.
-const DRAIN_GRACE: Duration = Duration::from_millis(500);
+const DRAIN_GRACE: Duration = Duration::from_millis(250);
 
 /// How long the calls under way are waited for before the next agent has the place: what they ask of a server is asked in
 /// this one's name. The rest of the drain goes on beside the next agent.
@@ -186,7 +186,7 @@ impl Running {
         }
     }
 
-    /// Drains: no new connections, streams told to come back, at most `drain_timeout`, and half a second more where no
+    /// Drains: no new connections, streams told to come back, at most `drain_timeout`, and a quarter of a second more where no
     /// thread is there to do it.
     pub async fn shutdown(self) {
         let most = self.adjustable.connections.borrow().drain_timeout.saturating_add(DRAIN_GRACE);

@@ -431,7 +431,8 @@ impl Attestor {
         let family = self.families.load().group(process.caller());
         let root = self.proc_root.clone();
         let read = move || read_process(&root, pid);
-        let (dir, status) = self.long_reads.read(family, process.patience(), read).await?;
+        let (dir, status) =
+            self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await?;
         Seen::of(process, family, dir, status)
     }
 

@@ -122,7 +122,13 @@
 //!
 //! **Who finds no room waits a moment, unread.** A crowd after a restart is over in less than that. A connection that is
 //! refused for want of room alone keeps its descriptor for up to 250 ms, and is asked for again when there is room, families
-//! in turns. What an admin set as a limit refuses at once.
+//! in turns; where others have all places it waits two seconds, and whoever leaves leaves it to who waits. What an admin set
+//! as a limit refuses at once.
+//!
+//! **Places are kept for those who hold little, in parts that take nothing from each other.** By its share of a crowd larger
+//! than the gate nobody has more than one connection, and one that had eight before it came would lose seven. So it keeps
+//! them, and for its next a small part is kept beside that for newcomers. A kept place is lent for two seconds, since whoever
+//! is closed comes back: closed at once, a crowd gets no call through, and takes more than it gave.
 //!
 //! **What the kernel keeps of closed connections is counted in grace periods.** It shows in no sum of the agent's, and
 //! grows faster than a look four times a second could see. The accept loop reads what the cgroup has left, and lets no more

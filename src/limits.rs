@@ -69,6 +69,7 @@ pub mod id_pattern;
 mod identity_stage;
 mod in_force;
 mod ledger;
+mod lent_places;
 pub mod method;
 pub mod out_of_room;
 pub mod pace;

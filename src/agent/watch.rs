@@ -195,7 +195,7 @@ impl Watch {
                 held,
                 connections = times,
                 what,
-                "{limit}: more callers came than there is room for, and the newest connections are ended"
+                "{limit}: more callers came than there is room for, and connections are ended for others"
             );
         }
     }

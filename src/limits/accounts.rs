@@ -228,6 +228,16 @@ impl Accounts {
         }
     }
 
+    /// Groups that have a connection.
+    pub(super) fn groups(&self) -> usize {
+        self.groups.len() - self.owing
+    }
+
+    /// Whether a group has more connections than this.
+    pub(super) fn any_above(&self, connections: u32) -> bool {
+        self.groups.values().any(|account| account.open() > connections)
+    }
+
     /// Who holds most bytes, a family as one: with their connections, and these bytes.
     pub(super) fn heaviest(&self, n: usize) -> Vec<(WhoHolds, u32, u64)> {
         let mut all: Vec<(u64, u32, &GroupAccount)> = self
@@ -300,6 +310,33 @@ impl Accounts {
             .map(|(told, holding)| {
                 holding.tell(notice);
                 told
+            })
+            .collect()
+    }
+
+    /// Tells connections to come back that so many others want, but for those that are on their way: the newest of all groups that
+    /// have more than `share`, and so many of each that it has that still.
+    pub(super) fn make_way(&self, wanted: u32, share: u32) -> Vec<ToldToGo> {
+        let notice = Notice::ComeBack;
+        let (mut leaving, mut goes) = (0, Vec::new());
+        for account in self.groups.values().filter(|account| account.open() > share) {
+            let (held, least) =
+                (account.weight(Weight::Connections), usize::try_from(share).unwrap_or(usize::MAX));
+            let told =
+                |told: Option<Notice>| account.open.values().filter(|(_, it)| it.notice() == told).count();
+            leaving += told(Some(notice));
+            let newest = account.open.iter().rev().filter(|(_, (_, it))| it.notice().is_none());
+            goes.extend(
+                newest.take(told(None).saturating_sub(least)).map(|(order, one)| (*order, one, held)),
+            );
+        }
+        goes.sort_unstable_by_key(|(order, ..)| std::cmp::Reverse(*order));
+        goes.truncate(usize::try_from(wanted).unwrap_or(usize::MAX).saturating_sub(leaving));
+        let (short, share) = (Weight::Connections.short(), u64::from(share));
+        goes.into_iter()
+            .map(|(_, (caller, holding), held)| {
+                holding.tell(notice);
+                ToldToGo { caller: *caller, short, held, share, notice }
             })
             .collect()
     }

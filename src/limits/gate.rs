@@ -2,8 +2,9 @@
 //!
 //! A connection costs descriptors and memory before anything was asked for, so the first decision is made here. What an
 //! admin set is asked first: blocked; the caller's open connections; its rate of new ones. Then what all share, of which a
-//! part (the reserve) is kept for callers that hold no connection, or one: however much others hold, there is a place, and
-//! memory for a call, for the next that comes. While descriptors, memory or the processor are short, whoever has its share
+//! part (the reserve) is kept for callers that hold no connection, or one, and a smaller one for those with a few: however much
+//! others hold, there is a place, and memory for a call, for the next that comes
+//! ([`lent_places`](super::lent_places)). While descriptors, memory or the processor are short, whoever has its share
 //! of what is short gets no more. Whoever can be many callers (a user with subordinate UIDs) counts as one for all that.
 //! Admin connections have places of their own.
 //!
@@ -33,6 +34,7 @@ use super::{
     gate_settings::GateRule,
     holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
+    lent_places::{KeptFor, LENT_FOR, LentPlace, LentPlaces, Vacancy},
     out_of_room::OutOfRoom,
     refusal::{ChargedAs, ConnectionRefusal, Reason, RejectionStatus, Stage},
     report::BucketName,
@@ -47,8 +49,9 @@ use super::{
 const FEW: u32 = 2;
 /// While something is short, shares are reckoned anew after so many nanoseconds, if somebody comes.
 const SHARES_LAST: u64 = 50_000_000;
-/// What is set aside is lent for so many nanoseconds, if another that holds nothing needs it then.
-const LENT_FOR: u64 = 2_000_000_000;
+/// After somebody below its part of the places was refused, those that have theirs get no more for so many nanoseconds: it asks
+/// again sooner.
+const KEPT_FOR: u64 = 200_000_000;
 /// Who was told to come back has so many nanoseconds for it before it is closed, while somebody below its share is refused.
 const LEAVES_WITHIN: u64 = 1_000_000_000;
 /// The most callers, families as one, and reasons that are told between two looks.
@@ -66,6 +69,9 @@ pub(super) struct GateState {
     lent: VecDeque<Lent>,
     pub(super) bytes: Shortage,
     pub(super) connections: Shortage,
+    /// Connections on places that are kept.
+    places: LentPlaces,
+    wanted: WantedPlaces,
     /// When shares were reckoned last.
     looked: u64,
     pub(super) complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
@@ -73,7 +79,18 @@ pub(super) struct GateState {
     told: Vec<ToldToGo>,
 }
 
-/// A connection that was let in on what is set aside.
+/// Places that others have who hold more than theirs.
+#[derive(Debug, Default)]
+struct WantedPlaces {
+    /// How many were refused for that since these were last told to go.
+    refused: u32,
+    /// What each would have, if all had the same.
+    each: u32,
+    /// Until then whoever has that gets no more.
+    until: u64,
+}
+
+/// A connection that was let in on memory that is set aside.
 #[derive(Debug)]
 struct Lent {
     since: u64,
@@ -116,6 +133,7 @@ struct Arriving<'a> {
     plan: &'a GatePlan,
     rule: &'a GateRule,
     caller: CallerKey,
+    group: u64,
     open: u32,
     /// Connections of the caller and its family, and the bytes that they hold.
     group_open: u32,
@@ -139,10 +157,11 @@ type HeldRate = (Ask, ChargedTo);
 struct LetIn {
     /// Only because it is a rehearsal.
     rehearsed: bool,
-    /// On what is set aside.
+    /// On memory that is set aside.
     reserved: bool,
     paid: Option<Quota>,
     charged_as: ChargedAs,
+    place: Vacancy,
 }
 
 impl Gate {
@@ -158,6 +177,8 @@ impl Gate {
             lent: VecDeque::new(),
             bytes: Shortage::default(),
             connections: Shortage::default(),
+            places: LentPlaces::default(),
+            wanted: WantedPlaces::default(),
             looked: 0,
             complaints: HashMap::default(),
             told: Vec::new(),
@@ -220,8 +241,9 @@ impl Gate {
 
     fn shed_now(&self) -> Vec<ToldToGo> {
         let mut state = self.shared.state();
-        let GateState { accounts, bytes, connections, .. } = &mut *state;
+        let GateState { accounts, bytes, connections, wanted, .. } = &mut *state;
         let mut told = Vec::new();
+        let before = self.shared.node.now().checked_sub(LEAVES_WITHIN);
         for (by, shortage) in [(Weight::Bytes, bytes), (Weight::Connections, connections)] {
             let wanted = std::mem::take(&mut shortage.wanted);
             let shed = match shortage.pressure() {
@@ -230,12 +252,19 @@ impl Gate {
                 Pressure::RefuseNew => Shed::SendAway,
                 Pressure::CloseHeaviest => Shed::Close,
             };
-            if wanted && let Some(before) = self.shared.node.now().checked_sub(LEAVES_WITHIN) {
+            if wanted && let Some(before) = before {
                 told.extend(accounts.close_told(by, shortage.share(), before));
             }
             if let Some(cut) = shortage.cut_to(|target| accounts.level(by, target)) {
                 told.extend(accounts.shed(by, cut, shortage.share(), shed));
             }
+        }
+        let refused = std::mem::take(&mut wanted.refused);
+        if refused > 0 {
+            if let Some(before) = before {
+                told.extend(accounts.close_told(Weight::Connections, u64::from(wanted.each), before));
+            }
+            told.extend(accounts.make_way(refused, wanted.each));
         }
         told
     }
@@ -263,16 +292,20 @@ impl Gate {
         let mut state = shared.state();
         let arriving = shared.arriving(&plan, caller, now, &mut state);
         let group_open = arriving.group_open;
+        let taken = state.taken();
+        state.places.settle(taken, plan.for_anybody());
         if !state.is_last(&plan, shared.node.bytes()) {
             state.give_back();
         } else if group_open == 0 && state.reserved >= plan.reserved() {
             state.take_back(now);
         }
         let decided = shared.decide(&arriving, &mut state);
-        if decided.is_err_and(|refusal| state.wants(&arriving, refusal)) {
+        if decided
+            .is_err_and(|refusal| state.wants(&arriving, refusal) | state.wants_its_part(&arriving, refusal))
+        {
             shared.node.wake();
         }
-        let LetIn { rehearsed, reserved, paid, charged_as } = match decided {
+        let LetIn { rehearsed, reserved, paid, charged_as, place: vacancy } = match decided {
             Ok(let_in) => let_in,
             Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
                 shared.want(refusal);
@@ -289,11 +322,12 @@ impl Gate {
         if !rehearsed {
             counters.count(Stage::Gate, None, charged_as, Decision::Allowed);
         }
-        let group = plan.families.group(caller);
+        let group = arriving.group;
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         if reserved {
             state.lend(Lent { since: now, caller, holding: Arc::downgrade(&holding) }, &plan);
         }
+        state.give(vacancy, LentPlace { since: now, caller, group, holding: Arc::downgrade(&holding) });
         state.total += 1;
         counters.connections.set(f64::from(state.total));
         drop(state);
@@ -382,7 +416,8 @@ impl SharedGate {
         state.bytes.reserved = plan.reserved_bytes();
         state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
         state.connections.whole = Some(u64::from(plan.most));
-        state.connections.reserved = u64::from(plan.reserve);
+        state.connections.reserved = u64::from(plan.most - plan.for_anybody());
+        state.places.keep(plan.reserve, plan.kept_for_few());
         state.connections.firm = true;
         state.connections.least = plan.least_connections();
         self.look(state);
@@ -414,11 +449,13 @@ impl SharedGate {
         if aged || state.is_outdated(self.node.bytes()) {
             self.look(state);
         }
-        let (group_open, group_bytes) = state.accounts.of_group(plan.families.group(caller));
+        let group = plan.families.group(caller);
+        let (group_open, group_bytes) = state.accounts.of_group(group);
         Arriving {
             plan,
             rule: plan.rule(&caller),
             caller,
+            group,
             open: state.accounts.open_of(&caller),
             group_open,
             group_bytes,
@@ -460,7 +497,7 @@ impl SharedGate {
             // A rehearsal ends where descriptors do: what cannot be taken is not taken.
             Err(refusal) if it.plan.dry && state.total < it.plan.most => {
                 rehearse(refusal);
-                Ok(false)
+                Ok((false, Vacancy::Beside))
             }
             decided => decided,
         };
@@ -474,7 +511,7 @@ impl SharedGate {
         }
         let own = it.caller.charged_as();
         let charged_as = held.map_or(own, |(_, place)| place.charged_as(own));
-        decided.map(|reserved| LetIn { rehearsed, reserved, paid, charged_as })
+        decided.map(|(reserved, place)| LetIn { rehearsed, reserved, paid, charged_as, place })
     }
 
     /// What is the caller's own. Holds a token of its rate, if it has one.
@@ -513,15 +550,16 @@ impl SharedGate {
         }
     }
 
-    /// What all share. Returns whether it takes what is set aside for those who hold nothing.
-    fn decide_node(&self, it: &Arriving<'_>, state: &GateState) -> Result<bool, ConnectionRefusal> {
+    /// What all share. Returns whether it takes memory that is set aside for those who hold nothing, and its place.
+    fn decide_node(
+        &self,
+        it: &Arriving<'_>,
+        state: &GateState,
+    ) -> Result<(bool, Vacancy), ConnectionRefusal> {
         let Arriving { plan, rule, group_open, group_bytes, .. } = *it;
         let exempt = rule.limit() == Limit::Exempt;
         let newcomer = group_open < FEW || exempt;
-        let most = if newcomer { plan.most } else { plan.most - plan.reserve };
-        if state.total >= most {
-            return Err(ConnectionRefusal::NodeConnections);
-        }
+        let place = state.vacancy(it, exempt).ok_or(ConnectionRefusal::NodeConnections)?;
         let room = self.node.room();
         if !newcomer
             && room.is_short(Short::Descriptors)
@@ -529,14 +567,14 @@ impl SharedGate {
         {
             return Err(ConnectionRefusal::Descriptors);
         }
-        let Some(budget) = plan.budget else { return Ok(false) };
+        let Some(budget) = plan.budget else { return Ok((false, place)) };
         let left = state.bytes.left(self.node.bytes());
         let last = state.is_last(plan, self.node.bytes());
         if newcomer {
             // Half of the places is for those who have none.
             let places = if group_open == 0 { plan.reserved() } else { plan.reserved() / 2 };
             if !last || exempt || state.reserved < places {
-                return Ok(last);
+                return Ok((last, place));
             }
             if group_open == 0 {
                 return Err(ConnectionRefusal::MemoryTaken);
@@ -550,7 +588,7 @@ impl SharedGate {
         if last && !(little && left >= plan.reserved_bytes() / 2) {
             return Err(ConnectionRefusal::MemoryTaken);
         }
-        Ok(false)
+        Ok((false, place))
     }
 
     /// Counts and tells a refusal.
@@ -587,7 +625,64 @@ impl GateState {
         plan.budget.is_some() && self.bytes.left(held) < plan.reserved_bytes() + budget::NEWCOMER
     }
 
-    /// One more was let in on what is set aside.
+    /// Places that are taken, but for those of connections that are being closed for others.
+    fn taken(&self) -> u32 {
+        self.total.saturating_sub(self.places.leaving())
+    }
+
+    /// A place for one that asks, whatever else it lacks.
+    fn vacancy(&self, it: &Arriving<'_>, exempt: bool) -> Option<Vacancy> {
+        let Arriving { plan, group_open, now, .. } = *it;
+        let part = match group_open {
+            _ if exempt => Some(KeptFor::Nothing),
+            0 => Some(KeptFor::Nothing),
+            1 => Some(KeptFor::One),
+            few if u64::from(few) < plan.least_connections() => Some(KeptFor::Few),
+            _ => None,
+        };
+        if part.is_none_or(|part| part == KeptFor::Few)
+            && now < self.wanted.until
+            && group_open >= self.wanted.each
+        {
+            return None;
+        }
+        if self.taken() < plan.for_anybody() {
+            return Some(Vacancy::Beside);
+        }
+        let (part, each) = (part?, self.each_may_have(plan));
+        let may_lose = |group| part != KeptFor::Few || self.accounts.of_group(group).0 > each.max(group_open);
+        self.places.vacancy(part, now, it.group, may_lose)
+    }
+
+    /// How many places each has that anybody may have, if all who have some have the same.
+    fn each_may_have(&self, plan: &GatePlan) -> u32 {
+        plan.for_anybody() / u32::try_from(self.accounts.groups()).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// Gives a connection its place. Whoever had it goes.
+    fn give(&mut self, vacancy: Vacancy, one: LentPlace) {
+        let part = match vacancy {
+            Vacancy::Beside => return,
+            Vacancy::Free(part) => part,
+            Vacancy::Lent(part, at) => {
+                if let Some(LentPlace { caller, group, holding, .. }) = self.places.take_back(part, at)
+                    && let Some(holding) = holding.upgrade()
+                {
+                    holding.tell(Notice::Close);
+                    let held = u64::from(self.accounts.of_group(group).0);
+                    let (short, share, notice) =
+                        (Short::Descriptors, self.connections.share(), Notice::Close);
+                    if self.told.len() < COMPLAINTS {
+                        self.told.push(ToldToGo { caller, short, held, share, notice });
+                    }
+                }
+                part
+            }
+        };
+        self.places.lend(part, one);
+    }
+
+    /// One more was let in on memory that is set aside.
     fn lend(&mut self, one: Lent, plan: &GatePlan) {
         if let Some(holding) = one.holding.upgrade() {
             holding.put_on_reserve();
@@ -651,6 +746,21 @@ impl GateState {
         wants
     }
 
+    /// The same of one that has a few connections, and less than it had if all had the same.
+    fn wants_its_part(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) -> bool {
+        if refusal != ConnectionRefusal::NodeConnections || it.group_open < FEW {
+            return false;
+        }
+        let each = self.each_may_have(it.plan);
+        let known = it.now < self.wanted.until;
+        let wants = it.group_open < each && (known || self.accounts.any_above(each));
+        if wants {
+            let WantedPlaces { refused, .. } = self.wanted;
+            self.wanted = WantedPlaces { refused: refused + 1, each, until: it.now + KEPT_FOR };
+        }
+        wants
+    }
+
     /// Keeps what is to be told of a refusal for want of room, if there is room for it.
     fn complain(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) {
         let (held, share) = match refusal {
@@ -689,6 +799,7 @@ impl Drop for ConnectionPermit {
         };
         state.total = state.total.saturating_sub(1);
         state.reserved = state.reserved.saturating_sub(u32::from(self.holding.take_from_reserve()));
+        state.places.gone(&self.holding);
         state.accounts.take(place);
         self.shared.ledger.counters.connections.set(f64::from(state.total));
     }

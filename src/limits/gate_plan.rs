@@ -18,8 +18,10 @@ pub const OTHER_DESCRIPTORS: u64 = 80;
 const LINGERING: u64 = 2048;
 /// Of a memory budget, they have one part in so many, with those that are answered.
 const LINGERING_SHARE: u64 = 4;
-/// A caller whose connections are fewer has its share of them.
-const LEAST_SHARE: u64 = 8;
+/// Whoever has fewer connections holds a few: it is not told to go for those that hold less.
+const LEAST_SHARE: u64 = 16;
+/// Beside those that are kept for callers that hold no connection, or one, one in so many as these is kept for those with a few.
+const FEW_SHARE: u32 = 4;
 /// A family ([`Families`]) whose members have a number that is set has that, or one part in so many of the node's.
 const FAMILY_SHARE: u32 = 4;
 
@@ -146,6 +148,16 @@ impl GatePlan {
     /// more than a part of the node for it.
     pub(super) fn connections_of_family(&self, each: u32) -> u32 {
         each.max(self.most / FAMILY_SHARE)
+    }
+
+    /// Connections that are kept for callers with a few.
+    pub(super) fn kept_for_few(&self) -> u32 {
+        self.reserve / FEW_SHARE
+    }
+
+    /// Connections that anybody may have.
+    pub(super) fn for_anybody(&self) -> u32 {
+        self.most.saturating_sub(self.reserve + self.kept_for_few())
     }
 
     /// How many callers that hold nothing are sure to be served, whatever the others hold: descriptors and memory are

@@ -93,7 +93,7 @@ impl Gate {
     pub fn lacks_places(&self) -> Option<&'static str> {
         let plan = self.shared.plan.load();
         let state = self.shared.state();
-        let lacks = state.connections.is_short() || state.total >= plan.most.saturating_sub(plan.reserve);
+        let lacks = state.connections.is_short() || state.total >= plan.for_anybody();
         lacks.then_some(if plan.most_is_set { "connections" } else { "descriptors" })
     }
 

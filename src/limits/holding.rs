@@ -246,6 +246,8 @@ pub struct Holding {
     sums: Option<HeldSums>,
     /// It was let in on what is set aside, of which a connection and a call are its own.
     on_reserve: AtomicBool,
+    /// What kind of place at the gate it has; the gate's own affair.
+    place: AtomicU8,
     /// A call was made on it.
     called: AtomicBool,
     told: AtomicU8,
@@ -275,6 +277,16 @@ impl Holding {
     /// It no longer has. Returns whether it had.
     pub(super) fn take_from_reserve(&self) -> bool {
         self.on_reserve.swap(false, Relaxed)
+    }
+
+    /// What the gate marked it with.
+    pub(super) fn place_mark(&self) -> u8 {
+        self.place.load(Relaxed)
+    }
+
+    /// Marks it. Returns what it was marked with.
+    pub(super) fn mark_place(&self, mark: u8) -> u8 {
+        self.place.swap(mark, Relaxed)
     }
 
     /// So many bytes more are held.

@@ -171,8 +171,8 @@ impl Shortage {
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
     /// the least shares of more callers than [`SHARES`](super::budget::SHARES) do not fit. Where other things hold so much that
-    /// twice what all connections hold would be no relief, nobody gives up its share in vain. Of what cannot be exceeded no more
-    /// is taken from below shares than brings it below the line. `level` as in [`Shortage::look`].
+    /// twice what all connections hold would be no relief, nobody gives up its share in vain; nor does anybody of what cannot be
+    /// exceeded. `level` as in [`Shortage::look`].
     pub(super) fn cut_to(&self, level: impl FnOnce(u64) -> u64) -> Option<Cut> {
         if self.pressure < Pressure::RefuseNew {
             return None;
@@ -182,11 +182,9 @@ impl Shortage {
         let level = level(relieved_to);
         let held = self.looked_at.saturating_sub(self.other);
         let in_vain = held.saturating_mul(2) < self.looked_at.saturating_sub(relieved);
-        let below_share = self.pressure == Pressure::CloseHeaviest && !in_vain;
+        let below_share = self.pressure == Pressure::CloseHeaviest && !in_vain && !self.firm;
         let level = if below_share { level } else { level.max(self.share) };
-        let line = self.lines(Pressure::CloseHeaviest).0;
-        let target = if self.firm { line.saturating_sub(self.other + 1) } else { relieved_to };
-        Some(Cut { level, target })
+        Some(Cut { level, target: relieved_to })
     }
 }
 
@@ -223,7 +221,7 @@ mod tests {
     }
 
     /// However few there are, it is short before others come to what is set aside, and who holds more than its share is told to go
-    /// when they are there; a crowd is closed down to the line alone.
+    /// when they are there; nobody goes for others that is below it.
     #[test]
     fn the_steps_of_what_is_firm_come_before_what_is_set_aside() {
         for (whole, reserved, short, told, closed) in [
@@ -240,7 +238,11 @@ mod tests {
             let steps = [Pressure::ShrinkCaches, Pressure::RefuseNew, Pressure::CloseHeaviest];
             assert_eq!(steps.map(|step| it.lines(step)), [short, told, closed], "{whole}, {reserved}");
             it.look(whole, |_| 0);
-            assert_eq!(it.cut_to(|_| 0), Some(Cut { level: 0, target: closed.0 - 1 }), "{whole}, {reserved}");
+            assert_eq!(
+                it.cut_to(|_| 0).map(|cut| cut.level),
+                Some(least),
+                "{whole}, {reserved}: no share is cut"
+            );
         }
     }
 

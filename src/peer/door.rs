@@ -75,6 +75,8 @@ pub(super) struct Door<G: AcceptGate, K, F> {
     pub(super) allowance: Option<Allowance>,
     /// Until then nobody is accepted.
     pub(super) paused: Option<Instant>,
+    /// When nobody waits any more.
+    pub(super) ends: Option<Instant>,
     /// Since when so much waits to be closed that nobody is.
     pub(super) full_since: Option<Instant>,
     pub(super) full: Pace,
@@ -210,7 +212,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             Err(error) => return Err(self.not_identified(stream, error, now)),
         };
         stream.belongs_to(|| self.gate.family(&arrival));
-        self.decide(stream, None, RoomWaiter { arrival, until: now + WAIT, asked: false }, now)
+        self.decide(stream, None, RoomWaiter::new(arrival, now), now)
     }
 
     /// Its peer has closed it already.
@@ -228,7 +230,8 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     ) -> Result<(), NotTaken> {
         let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
         let bounds = &self.in_force.bounds;
-        let may_wait = now < waits.until && bounds.max_lingering > 0 && !bounds.linger.is_zero();
+        let waited_out = self.ends.map_or(waits.until, |ends| waits.until.min(ends));
+        let may_wait = now < waited_out && bounds.max_lingering > 0 && !bounds.linger.is_zero();
         let decided = if may_wait {
             self.gate.admit_or_wait(&waits.arrival)
         } else {
@@ -240,6 +243,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         };
         if may_wait && why.is_soft() {
             waits.arrival.let_go();
+            waits.refused(why);
             self.keep(Kept { stream, family, waits: Some(waits) }, now);
             return Ok(());
         }
@@ -368,12 +372,27 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         }
     }
 
+    /// One has ended. Whoever waits for its place is asked for before others come.
     pub(super) fn ended(&mut self, ended: Result<(), tokio::task::JoinError>) {
         note_panic(ended);
+        let mut places = 1;
         while let Some(ended) = self.connections.try_join_next() {
             note_panic(ended);
+            places += 1;
         }
         self.heap.fell_to(self.connections.len());
+        let now = Instant::now();
+        for _ in 0..places.min(RUN) {
+            let Some(waiting) = self.lingering.take_waiting_for_place() else { break };
+            self.ask_again(waiting, now);
+        }
+    }
+
+    /// No more are accepted. Those that wait do so for a moment yet.
+    pub(super) fn is_told_to_end(&mut self, now: Instant) {
+        let ends = now + WAIT;
+        self.ends = Some(ends);
+        self.lingering.hurry(ends, now, &self.in_force.bounds);
     }
 }
 

@@ -13,9 +13,11 @@ use std::{
 use tokio::time::Instant;
 
 use super::{accepted::Accepted, bounds::ConnectionBounds, credentials::Arrival};
+use crate::limits::ConnectionRefusal;
 
-/// How long one may wait for room, in all.
+/// How long one may wait for room, in all; and for a place, while others have all: those that are lent are so for as long.
 pub(super) const WAIT: Duration = Duration::from_millis(250);
+const WAIT_FOR_PLACE: Duration = Duration::from_secs(2);
 
 /// One of those that are kept.
 #[derive(Debug)]
@@ -30,8 +32,11 @@ pub(super) struct Kept {
 #[derive(Debug)]
 pub(super) struct RoomWaiter {
     pub(super) arrival: Arrival,
+    pub(super) since: Instant,
     /// Then it has waited long enough.
     pub(super) until: Instant,
+    /// It waits for somebody else to leave.
+    pub(super) for_place: bool,
     /// It was asked for as there was room, in vain: after that only when it is due.
     pub(super) asked: bool,
 }
@@ -49,6 +54,8 @@ pub(super) struct Lingering {
     families: HashMap<u64, BTreeSet<Due>, ahash::RandomState>,
     /// Those that are asked for when there is room: families take turns.
     turns: BTreeMap<Rank, Due>,
+    /// The same, when somebody has left.
+    place_turns: BTreeMap<Rank, Due>,
     descriptors: usize,
     /// How many wait for room.
     waiters: usize,
@@ -57,6 +64,21 @@ pub(super) struct Lingering {
 
 /// How many of its family wait before it, and its number.
 type Rank = (usize, u32);
+
+impl RoomWaiter {
+    /// One that was accepted now.
+    pub(super) fn new(arrival: Arrival, now: Instant) -> Self {
+        Self { arrival, since: now, until: now + WAIT, for_place: false, asked: false }
+    }
+
+    /// It was refused for this, for want of room.
+    pub(super) fn refused(&mut self, why: ConnectionRefusal) {
+        self.for_place = why == ConnectionRefusal::NodeConnections;
+        if self.for_place {
+            self.until = self.since + WAIT_FOR_PLACE;
+        }
+    }
+}
 
 impl Kept {
     fn descriptors(&self) -> usize {
@@ -88,10 +110,15 @@ impl Lingering {
         }
         let due = (due, self.numbered);
         let family = self.families.entry(one.family).or_default();
-        let turn = one.waits.as_ref().filter(|waits| !waits.asked).map(|_| (family.len(), self.numbered));
+        let turn = one.waits.as_ref().map(|_| (family.len(), self.numbered));
         family.insert(due);
-        if let Some(turn) = turn {
-            self.turns.insert(turn, due);
+        if let (Some(turn), Some(waits)) = (turn, &one.waits) {
+            if !waits.asked {
+                self.turns.insert(turn, due);
+            }
+            if waits.for_place {
+                self.place_turns.insert(turn, due);
+            }
         }
         self.descriptors += needs;
         self.waiters += usize::from(one.waits.is_some());
@@ -127,6 +154,23 @@ impl Lingering {
         self.take(*due)
     }
 
+    /// Takes the one that waits for somebody to leave whose turn it is.
+    pub(super) fn take_waiting_for_place(&mut self) -> Option<Kept> {
+        let (_, due) = self.place_turns.first_key_value()?;
+        self.take(*due)
+    }
+
+    /// None waits longer than until then.
+    pub(super) fn hurry(&mut self, until: Instant, now: Instant, bounds: &ConnectionBounds) {
+        let all = std::mem::take(self);
+        self.numbered = all.numbered;
+        for (mut one, _) in all.kept.into_values() {
+            one.waits.iter_mut().for_each(|waits| waits.until = waits.until.min(until));
+            // They were no more before.
+            drop(self.keep(one, now, bounds));
+        }
+    }
+
     /// Takes the one that is due next of the family that has the most; of `own`, where others have no more.
     fn first_of_the_most(&mut self, own: u64) -> Option<Kept> {
         let most = self.families.iter().max_by_key(|(family, dues)| (dues.len(), **family == own));
@@ -144,6 +188,7 @@ impl Lingering {
         }
         if let Some(turn) = turn {
             self.turns.remove(&turn);
+            self.place_turns.remove(&turn);
         }
         self.descriptors -= one.descriptors();
         self.waiters -= usize::from(one.waits.is_some());
@@ -162,7 +207,7 @@ mod tests {
         let (stream, _other) = UnixStream::pair().unwrap();
         let arrival = Arrival::at(&stream, &OsUid).unwrap();
         let stream = Accepted::new(stream, &Closing::Plain).unwrap();
-        let waits = until.map(|until| RoomWaiter { arrival, until, asked: false });
+        let waits = until.map(|until| RoomWaiter { until, ..RoomWaiter::new(arrival, Instant::now()) });
         Kept { stream, family, waits }
     }
 
@@ -192,6 +237,32 @@ mod tests {
         assert_eq!(gone, [1, 1, 1, 3], "of 1, 1, 1, 2, then 1, 1, 2, 3, then 1, 2, 3, 3");
     }
 
+    /// One that was asked for in vain as there was room is asked for again when somebody leaves, and none after the end.
+    #[test]
+    fn who_waits_for_a_place_has_its_turn_when_somebody_leaves() {
+        let (now, mut lingering) = (Instant::now(), Lingering::default());
+        let bounds = ConnectionBounds { linger: Duration::from_secs(1), ..at_most(100) };
+        for (family, why) in [
+            (7, ConnectionRefusal::Memory),
+            (7, ConnectionRefusal::NodeConnections),
+            (8, ConnectionRefusal::NodeConnections),
+        ] {
+            let mut one = one(family, Some(now + WAIT));
+            one.waits.iter_mut().for_each(|waits| {
+                waits.refused(why);
+                waits.asked = true;
+            });
+            assert!(lingering.keep(one, now, &bounds).is_empty());
+        }
+        assert!(lingering.take_waiting().is_none());
+        lingering.hurry(now + Duration::from_secs(1), now, &bounds);
+        let order: Vec<_> = std::iter::from_fn(|| lingering.take_waiting_for_place())
+            .map(|it| (it.family, it.waits.map(|waits| waits.until <= now + Duration::from_secs(1))))
+            .collect();
+        assert_eq!(order, [(8, Some(true)), (7, Some(true))]);
+        assert!(lingering.take_due(now + WAIT).is_some() && !lingering.is_waited_in());
+    }
+
     #[test]
     fn nobody_waits_longer_than_it_may() {
         let (now, mut lingering) = (Instant::now(), Lingering::default());
@@ -206,11 +277,13 @@ mod tests {
     proptest! {
         /// Whatever comes and goes: no more than may be, and nothing is left behind of those that have gone.
         #[test]
-        fn the_books_agree(steps in vec((0u64..4, any::<bool>(), 0u8..4), 1..60)) {
+        fn the_books_agree(steps in vec((0u64..4, any::<bool>(), 0u8..6), 1..60)) {
             let (mut now, mut lingering) = (Instant::now(), Lingering::default());
             let (mut came, mut went) = (0, 0);
             for (family, waits, step) in steps {
                 match step {
+                    4 => lingering.hurry(now + WAIT / 2, now, &at_most(8)),
+                    5 => went += usize::from(lingering.take_waiting_for_place().is_some()),
                     0 => went += usize::from(lingering.take_waiting().is_some()),
                     1 => {
                         now += Duration::from_millis(60);
@@ -218,7 +291,10 @@ mod tests {
                     }
                     _ => {
                         came += 1;
-                        let one = one(family, waits.then(|| now + WAIT));
+                        let mut one = one(family, waits.then(|| now + WAIT));
+                        if family > 1 {
+                            one.waits.iter_mut().for_each(|waits| waits.for_place = true);
+                        }
                         went += lingering.keep(one, now, &at_most(8)).len();
                     }
                 }
@@ -226,11 +302,12 @@ mod tests {
                 prop_assert_eq!(came - went, lingering.kept.len());
                 prop_assert_eq!(of_families, lingering.kept.len());
                 prop_assert!(lingering.descriptors <= 8 && lingering.turns.len() <= lingering.kept.len());
-                prop_assert!(lingering.turns.values().all(|due| lingering.kept.contains_key(due)));
+                let turns = lingering.turns.values().chain(lingering.place_turns.values());
+                prop_assert!(turns.clone().all(|due| lingering.kept.contains_key(due)));
             }
             while lingering.take_due(now + WAIT).is_some() {}
             prop_assert!(lingering.families.is_empty() && lingering.turns.is_empty() && lingering.descriptors == 0);
-            prop_assert!(!lingering.is_waited_in());
+            prop_assert!(!lingering.is_waited_in() && lingering.place_turns.is_empty());
         }
     }
 }

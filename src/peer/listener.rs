@@ -91,7 +91,7 @@ impl Listener {
 
 impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
     /// Accepts and serves until `shutdown` is ready, then drains: the socket is removed or handed on, parked connections
-    /// are closed, the others get a GOAWAY and [`ConnectionBounds::drain_timeout`] to finish. Streams that
+    /// are closed, the others get a GOAWAY and have [`ConnectionBounds::drain_timeout`] since then to finish. Streams that
     /// the server never ends by itself should be ended by whoever serves them when `shutdown` becomes ready,
     /// or they are cut.
     ///
@@ -128,15 +128,19 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             heap: HeapTrim::default(),
             allowance,
             paused: None,
+            ends: None,
             full_since: None,
             full: Pace::default(),
         };
         let mut shutdown = std::pin::pin!(shutdown);
-        let mut told = None;
+        let (mut told, mut told_at) = (None, Instant::now());
         // Who was accepted and waits for room is decided about before the end, and who was let in goes in.
         while told.is_none() || door.lingering.is_waited_in() || door.entrance.is_waited_at() {
             tokio::select! {
-                leave = &mut shutdown, if told.is_none() => told = Some(leave.into()),
+                leave = &mut shutdown, if told.is_none() => {
+                    (told, told_at) = (Some(leave.into()), Instant::now());
+                    door.is_told_to_end(told_at);
+                }
                 waiting = listener.ready(), if told.is_none() && door.is_open() => rest(door.take_run(waiting?)).await,
                 () = door.entrance.opens() => door.have_next_go_in(Instant::now()),
                 Some(ended) = door.connections.join_next() => door.ended(ended),
@@ -166,7 +170,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         drop(std::mem::take(&mut door.lingering));
         drop(std::mem::take(&mut door.replies));
         door.phase.send_modify(|phase| phase.draining = true);
-        Ok(drain(door.connections, door.in_force.bounds.drain_timeout).await)
+        Ok(drain(door.connections, told_at + door.in_force.bounds.drain_timeout).await)
     }
 }
 

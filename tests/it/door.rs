@@ -256,6 +256,55 @@ async fn whoever_finds_no_room_for_a_quarter_of_a_second_is_refused_once() {
     door.close().await;
 }
 
+/// Where others have all places, one is waited for as long as it is lent; who leaves it leaves it to who waits, at once.
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_for_a_place_has_it_when_somebody_leaves() {
+    let gate = Narrow { places: 2, ..Narrow::by(ConnectionRefusal::NodeConnections) };
+    gate.room.set(Short::Memory, false);
+    let bounds = ConnectionBounds { linger: Duration::from_secs(1), ..waiting(64) };
+    let door = Door::open(gate, bounds);
+    let mut streams = door.connect(4).await;
+    tokio::time::sleep(Duration::from_millis(1_600)).await;
+    assert_eq!((open(&streams), door.stats.open()), (4, 2), "two wait");
+    drop(streams.remove(0));
+    // The clock stands still: nobody is due.
+    until("one of them is let in", || {
+        door.stats.accepted() == 4
+            && door.gate.open.load(SeqCst) == 2
+            && door.stats.closed(ConnectionEnd::ByPeer) == 1
+    })
+    .await;
+    until("it is served", || door.stats.open() == 2).await;
+    assert_eq!(door.stats.refused(ConnectionRefusal::NodeConnections), 0);
+    tokio::time::sleep(Duration::from_millis(401)).await;
+    until("the other is refused", || door.stats.refused(ConnectionRefusal::NodeConnections) == 1).await;
+    until("it is closed", || open(&streams) == 2).await;
+    door.close().await;
+}
+
+/// Those who wait are decided about a moment after the agent was told to end, and the time of the drain goes on meanwhile.
+#[tokio::test(start_paused = true)]
+async fn the_end_is_not_put_off_by_those_who_wait() {
+    let gate = Narrow { places: 1, ..Narrow::by(ConnectionRefusal::NodeConnections) };
+    gate.room.set(Short::Memory, false);
+    let drain_timeout = Duration::from_secs(1);
+    let bounds = ConnectionBounds { linger: Duration::from_secs(1), drain_timeout, ..waiting(64) };
+    let door = Door::open(gate, bounds);
+    let stream = UnixStream::connect(&door.path).await.unwrap();
+    let (mut send, _connection) = client(stream).await;
+    let hangs = tokio::spawn(async move { get(&mut send, "/hang").await });
+    until("it asks", || door.stats.streams() == 1).await;
+    let streams = door.connect(30).await;
+    let told = tokio::time::Instant::now();
+    drop(door.stop);
+    tokio::time::sleep(Duration::from_millis(251)).await;
+    until("all that wait are refused", || door.stats.refused(ConnectionRefusal::NodeConnections) == 30).await;
+    until("they are closed", || open(&streams) == 0).await;
+    assert_eq!(door.task.await.unwrap().unwrap(), Drained { ended: 0, cut: 1 });
+    assert!(told.elapsed() <= drain_timeout + Duration::from_millis(2), "{:?}", told.elapsed());
+    assert!(hangs.await.unwrap().is_err());
+}
+
 /// A crowd is let in as far as it may be and not further, and no more of it is kept than may be.
 #[tokio::test(start_paused = true)]
 async fn a_crowd_that_waits_is_let_in_as_far_as_its_share_goes() {

@@ -465,7 +465,11 @@ async fn a_user_with_subordinate_uids_is_one() {
     assert_eq!(refused, Some(ConnectionRefusal::Descriptors), "though this one of it has no connection");
     let others: Vec<ConnectionPermit> =
         (1..200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
-    assert_eq!(others.len(), 30, "users have the rest, the reserve included");
+    assert_eq!(
+        others.len(),
+        28,
+        "users have the rest, the reserve included, but for two that are for those with a few"
+    );
     drop(others);
     drop(held);
     assert!(gate.open(CallerKey::Uid(100_777)).is_ok(), "a place that is given back is free");
@@ -1489,7 +1493,7 @@ async fn places_of_those_who_do_not_go_are_taken_from_them() {
     }
 }
 
-/// Of more callers than there are places none has more than its share: those that are over the line go, and no others.
+/// Of more callers than there are places none has more than its share: nobody goes for it.
 #[tokio::test(start_paused = true)]
 async fn a_crowd_without_places_is_not_closed_as_a_whole() {
     let settings = LimitSettings::default();
@@ -1497,21 +1501,19 @@ async fn a_crowd_without_places_is_not_closed_as_a_whole() {
     let polite: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
     let mut crowd: Vec<ConnectionPermit> =
         (100..).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
-    assert_eq!(crowd.len(), 395);
+    assert_eq!(crowd.len(), 379);
     for case in ["at first", "when as many have come again"] {
-        gate.look(None, 0);
-        let told = gate.shed();
-        assert!((20..=25).contains(&told.len()), "{case}: {told:?}");
-        assert!(
-            told.iter().all(|told| told.short == Short::Descriptors && told.held <= told.share),
-            "{told:?}"
-        );
-        crowd.retain(|permit| notice(permit).is_none());
-        gate.look(None, 0);
-        assert_eq!(gate.shed(), [], "{case}: that is enough");
+        for _ in 0..100 {
+            gate.look(None, 0);
+            assert_eq!(gate.shed(), [], "{case}");
+            assert_eq!(gate.open(CallerKey::Uid(8_999)).err(), Some(ConnectionRefusal::NodeConnections));
+            advance(Duration::from_millis(10)).await;
+        }
+        assert!(polite.iter().chain(&crowd).all(|permit| notice(permit).is_none()), "{case}");
+        crowd.truncate(300);
         crowd.extend((9_000..).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()));
+        assert_eq!(crowd.len(), 379);
     }
-    assert!(polite.iter().all(|permit| notice(permit).is_none()));
 }
 
 /// One that waits for room is told of once it has waited in vain; what an admin set is told at once.
@@ -1560,8 +1562,8 @@ fn one_connection_is_as_good_as_none_for_the_reserve() {
 fn descriptors_and_memory_bound_the_connections() {
     let settings = open();
     for (case, nofile, budget, most) in [
-        ("descriptors", 1024, None, 400),
-        ("descriptors, with linger less", 1024, Some(1 << 30), 400),
+        ("descriptors, but for those with a few", 1024, None, 400 - 16),
+        ("descriptors, with linger less", 1024, Some(1 << 30), 400 - 16),
         ("memory", 1 << 20, Some(24 << 20), 3_215),
     ] {
         let settings = LimitSettings {

@@ -16,6 +16,7 @@ mod cli;
 mod command;
 mod config;
 mod corpus;
+mod crowds;
 mod disks;
 mod door;
 mod excess;
