@@ -11,11 +11,14 @@ use crate::{
     config::Config,
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, beyond_budget::BeyondBudget,
-        gate_plan::NoRoomError, holding::Holding, room::Room,
+        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings,
+        beyond_budget::BeyondBudget,
+        gate_plan::NoRoomError,
+        holding::Holding,
+        room::{Room, Short},
     },
     os::{cgroup, headroom::Headroom, peer_groups::peer_groups},
-    peer::{AcceptGate, Arrival, credentials::Credentials},
+    peer::{AcceptGate, Arrival, Peer, credentials::Credentials},
     store::{audit::AuditTrail, audited::AuditedProcess},
     telemetry::{health::HealthState, http},
 };
@@ -85,6 +88,14 @@ impl AcceptGate for AuditedGate {
     fn answer(&self, arrival: &Arrival, why: ConnectionRefusal) -> Option<HeaderMap> {
         let wait = self.gate.wait(arrival.caller(), why);
         status::refused_connection(why, wait, self.gate.rejection_status())
+    }
+
+    fn refuse_speech(&self, peer: &Peer) -> Option<HeaderMap> {
+        let why = self.gate.refuse_speech(peer.caller());
+        self.audit.not_let_in(AuditedProcess::from(peer), why);
+        // A word costs more than a close.
+        let has_time = !self.gate.room().is_short(Short::Processor);
+        has_time.then(|| status::refused_connection(why, None, self.gate.rejection_status())).flatten()
     }
 
     fn answer_unidentified(&self) -> Option<HeaderMap> {

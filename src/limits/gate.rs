@@ -115,11 +115,30 @@ struct Arriving<'a> {
     rule: &'a GateRule,
     caller: CallerKey,
     open: u32,
+    group: u64,
     /// Connections of the caller and its family, and the bytes that they hold.
     group_open: u32,
     group_bytes: u64,
     of_family: bool,
     now: u64,
+}
+
+impl<'a> Arriving<'a> {
+    fn at(plan: &'a GatePlan, state: &GateState, caller: CallerKey, now: u64) -> Self {
+        let group = plan.families.group(caller);
+        let (group_open, group_bytes) = state.accounts.of_group(group);
+        Self {
+            plan,
+            rule: plan.rule(&caller),
+            caller,
+            open: state.accounts.open_of(&caller),
+            group,
+            group_open,
+            group_bytes,
+            of_family: plan.families.of(caller).is_some(),
+            now,
+        }
+    }
 }
 
 /// Whether somebody asks again who is refused for want of room.
@@ -139,6 +158,8 @@ struct LetIn {
     rehearsed: bool,
     /// On what is set aside.
     reserved: bool,
+    /// As often as it may, as far as nobody set that; or there is processor time for it.
+    in_time: bool,
 }
 
 impl Gate {
@@ -258,18 +279,8 @@ impl Gate {
         if aged || state.is_outdated(shared.node.bytes()) {
             shared.look(&mut state);
         }
-        let group = plan.families.group(caller);
-        let (group_open, group_bytes) = state.accounts.of_group(group);
-        let arriving = Arriving {
-            plan: &plan,
-            rule: plan.rule(&caller),
-            caller,
-            open: state.accounts.open_of(&caller),
-            group_open,
-            group_bytes,
-            of_family: plan.families.of(caller).is_some(),
-            now,
-        };
+        let arriving = Arriving::at(&plan, &state, caller, now);
+        let Arriving { group, group_open, .. } = arriving;
         if !state.is_last(&plan, shared.node.bytes()) {
             state.give_back();
         } else if group_open == 0 && state.reserved >= plan.reserved() {
@@ -279,23 +290,14 @@ impl Gate {
         if decided.is_err_and(|refusal| state.wants(&arriving, refusal)) {
             shared.node.wake();
         }
-        let LetIn { rehearsed, reserved } = match decided {
+        let LetIn { rehearsed, reserved, in_time } = match decided {
             Ok(let_in) => let_in,
             Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
                 shared.want(refusal);
                 return Err(refusal);
             }
             Err(refusal) => {
-                // That one is noted where it arises, in a rehearsal too.
-                if refusal != ConnectionRefusal::CallerConnections {
-                    let quota = match arriving.rule.limit() {
-                        Limit::Quota(quota) => quota,
-                        Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
-                    };
-                    let who = || (BucketName::Caller(caller), "connections");
-                    state.rates.note_refused_anybody(now, shared.key(&plan, caller), quota, who);
-                }
-                state.complain(&arriving, refusal);
+                shared.note_refused(&mut state, &arriving, refusal);
                 drop(state);
                 shared.refused(refusal, caller, now);
                 return Err(refusal);
@@ -306,6 +308,9 @@ impl Gate {
             counters.count(Stage::Gate, None, caller.charged_as(), Decision::Allowed);
         }
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
+        if in_time {
+            holding.let_first_in();
+        }
         if reserved {
             state.lend(Lent { since: now, caller, holding: Arc::downgrade(&holding) }, &plan);
         }
@@ -313,6 +318,25 @@ impl Gate {
         counters.connections.set(f64::from(state.total));
         drop(state);
         Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), holding })
+    }
+
+    /// One that was let in while it was silent found no memory when it began to speak: it is refused after all. Returns for what.
+    pub fn refuse_speech(&self, caller: CallerKey) -> ConnectionRefusal {
+        let shared = &self.shared;
+        let plan = shared.plan.load();
+        let now = shared.ledger.now();
+        let mut state = shared.state();
+        if state.is_outdated(shared.node.bytes()) {
+            shared.look(&mut state);
+        }
+        let it = Arriving::at(&plan, &state, caller, now);
+        let holds_its_share = it.group_bytes >= state.bytes.share();
+        let refusal =
+            if holds_its_share { ConnectionRefusal::Memory } else { ConnectionRefusal::MemoryTaken };
+        shared.note_refused(&mut state, &it, refusal);
+        drop(state);
+        shared.refused(refusal, caller, now);
+        refusal
     }
 
     /// Lets a connection to the admin socket in: these have places of their own.
@@ -426,7 +450,8 @@ impl SharedGate {
                 self.ledger.counters.count_soft_limits(it.plan.soft, Stage::Gate, paid);
             }
         }
-        decided.map(|reserved| LetIn { rehearsed, reserved })
+        let in_time = it.rule.rate.is_none() || !self.node.room().is_short(Short::Processor);
+        decided.map(|reserved| LetIn { rehearsed, reserved, in_time: in_time && !rehearsed })
     }
 
     /// What is the caller's own. Holds a token of its rate, if it has one.
@@ -496,6 +521,20 @@ impl SharedGate {
             return Err(ConnectionRefusal::MemoryTaken);
         }
         Ok(false)
+    }
+
+    /// Keeps what people are told of a refusal.
+    fn note_refused(&self, state: &mut GateState, it: &Arriving<'_>, refusal: ConnectionRefusal) {
+        // That one is noted where it arises, in a rehearsal too.
+        if refusal != ConnectionRefusal::CallerConnections {
+            let quota = match it.rule.limit() {
+                Limit::Quota(quota) => quota,
+                Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
+            };
+            let who = || (BucketName::Caller(it.caller), "connections");
+            state.rates.note_refused_anybody(it.now, self.key(it.plan, it.caller), quota, who);
+        }
+        state.complain(it, refusal);
     }
 
     /// Counts and tells a refusal.

@@ -4,7 +4,7 @@ use std::{os::fd::BorrowedFd, sync::Arc};
 
 use http::HeaderMap;
 
-use super::credentials::Arrival;
+use super::credentials::{Arrival, Peer};
 use crate::{
     limits::{ConnectionRefusal, holding::Holding, room::Room},
     os::headroom::Headroom,
@@ -32,6 +32,12 @@ pub trait AcceptGate: Send + Sync + 'static {
 
     /// One is let in that connected by this socket: its connection begins. By default nothing more is asked.
     fn begins(&self, _permit: &mut Self::Permit, _arrival: &Arrival, _socket: BorrowedFd<'_>) {}
+
+    /// One that was let in found no memory when it began to speak, and is closed. Returns what it is told, as
+    /// [`Self::answer`] does. By default nobody is told.
+    fn refuse_speech(&self, _peer: &Peer) -> Option<HeaderMap> {
+        None
+    }
 
     /// Whether there is room: those who wait are asked for again when it returns. By default they wait for their time.
     fn room(&self) -> Option<Arc<Room>> {

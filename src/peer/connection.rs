@@ -10,11 +10,15 @@ use std::{
     future::{Future as _, poll_fn},
     io,
     os::fd::{AsFd, AsRawFd as _},
-    sync::{Arc, LazyLock},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     task::Poll,
     time::Duration,
 };
 
+use http::HeaderMap;
 use hyper::server::conn::http2;
 use hyper_util::rt::TokioIo;
 use nix::{
@@ -24,8 +28,8 @@ use nix::{
 use tokio::{
     io::Interest,
     net::UnixStream,
-    sync::watch,
-    time::{Instant, sleep, sleep_until},
+    sync::{Semaphore, watch},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::{
@@ -38,6 +42,7 @@ use super::{
     head_count::{HeadCount, Unheard},
     outbox::Outbox,
     pauses::Pauses,
+    reply::answer,
     service::{ConnectionService, WatchedService},
     spawner::Spawner,
     stats::{OpenConnection, Parked},
@@ -56,9 +61,18 @@ use crate::{
     telemetry::{chain, registry::Label as _},
 };
 
-/// How long one that begins to speak waits for room, and how often it asks.
-const ROOM_WITHIN: Duration = Duration::from_millis(250);
-const ROOM_AGAIN: Duration = Duration::from_millis(25);
+/// How long one that begins to speak waits for room, and how often it asks. As long again it waits to be told that there is
+/// none, and is being told.
+pub(super) const ROOM_WITHIN: Duration = Duration::from_millis(250);
+pub(super) const ROOM_AGAIN: Duration = Duration::from_millis(25);
+
+/// How many are told at a time: the kernel keeps what they have not read. Who has to wait longer for it is closed.
+static TELLING: Semaphore = Semaphore::const_new(64);
+
+/// Whether one more may be told at once.
+pub(super) fn may_be_told() -> bool {
+    TELLING.available_permits() > 0
+}
 
 /// How often one that is over, and was told to close for its memory, asks whether its descriptor is in want.
 const DESCRIPTOR_AGAIN: Duration = Duration::from_secs(1);
@@ -77,6 +91,8 @@ pub(super) struct Connection {
     pub(super) phases: watch::Receiver<Phase>,
     pub(super) open: OpenConnection,
     pub(super) holding: Arc<Holding>,
+    /// When it was let in.
+    pub(super) since: Instant,
     /// Until it has been served, or waits.
     pub(super) goes_in: Option<GoesIn>,
 }
@@ -88,14 +104,29 @@ impl Connection {
         stream: Accepted<UnixStream, P>,
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
+        refuse_speech: impl FnOnce(&Peer) -> Option<HeaderMap>,
     ) {
         let handshake_by = Instant::now() + self.bounds.handshake_timeout;
-        let begins = match self.park(stream.socket(), handshake_by).await {
-            Ok(()) => self.finds_room().await,
-            silent => silent,
-        };
-        if let Err(why) = begins {
+        if let Err(why) = self.park(stream.socket(), handshake_by).await {
             self.open.why = why;
+            return;
+        }
+        if let Err(why) = self.finds_room().await {
+            self.open.why = why;
+            if matches!(why, ConnectionEnd::NoRoom | ConnectionEnd::SentAway)
+                && let Some(headers) = refuse_speech(&self.peer)
+            {
+                // Boxed, too.
+                let told = Box::pin(async {
+                    if let Ok(Ok(_turn)) = timeout(ROOM_WITHIN, TELLING.acquire()).await {
+                        answer(stream, &headers, ROOM_WITHIN).await;
+                    }
+                });
+                tokio::select! {
+                    () = told => {}
+                    () = drains(&mut self.phases) => {}
+                }
+            }
             return;
         }
         // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
@@ -111,24 +142,34 @@ impl Connection {
     }
 
     /// Takes what HTTP/2 needs; waits for it a moment where memory is about to run out. The gate let it in for what a silent
-    /// connection takes, when there was room: a thousand of those may all begin to speak at once.
+    /// connection takes, when there was room: a thousand of those may all begin to speak at once. With what those hold who leave
+    /// others of them are served, as long as these are still there: of a caller above its share not all wait equally long.
     async fn finds_room(&mut self) -> Result<(), ConnectionEnd> {
-        let until = Instant::now() + ROOM_WITHIN;
-        while !self.holding.try_hold(HTTP2) {
-            if Instant::now() >= until {
-                return Err(ConnectionEnd::NoRoom);
-            }
+        if let Some(notice) = self.holding.notice() {
             self.goes_in = None;
+            return Err(gone_for(notice));
+        }
+        if self.holding.try_hold(HTTP2) {
+            return Ok(());
+        }
+        let until = match &self.goes_in {
+            // It spoke at once, and has waited where it came in.
+            Some(_) => self.since + ROOM_WITHIN,
+            None if self.holding.is_above_share() => Instant::now() + apart(ROOM_WITHIN),
+            None => Instant::now() + ROOM_WITHIN,
+        };
+        self.goes_in = None;
+        while Instant::now() < until {
             tokio::select! {
                 () = sleep(ROOM_AGAIN) => {}
                 () = drains(&mut self.phases) => return Err(ConnectionEnd::Drained),
-                notice = self.holding.told(None) => return Err(match notice {
-                    Notice::ComeBack => ConnectionEnd::SentAway,
-                    Notice::Close => ConnectionEnd::Evicted,
-                }),
+                notice = self.holding.told(None) => return Err(gone_for(notice)),
+            }
+            if self.holding.try_hold(HTTP2) {
+                return Ok(());
             }
         }
-        Ok(())
+        Err(ConnectionEnd::NoRoom)
     }
 
     /// Waits for the first byte, and leaves it where it is.
@@ -158,10 +199,7 @@ impl Connection {
             first = arrives => first.map_err(|_closed: io::Error| ConnectionEnd::ByPeer),
             () = sleep_until(by) => Err(ConnectionEnd::HandshakeTimeout),
             () = farewell => Err(ConnectionEnd::Drained),
-            notice = self.holding.told(None) => Err(match notice {
-                Notice::ComeBack => ConnectionEnd::SentAway,
-                Notice::Close => ConnectionEnd::Evicted,
-            }),
+            notice = self.holding.told(None) => Err(gone_for(notice)),
         }
     }
 
@@ -172,7 +210,7 @@ impl Connection {
         http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) -> (ConnectionEnd, LeftUnread<P>) {
-        let Self { peer, bounds, phases, holding, open, goes_in } = self;
+        let Self { peer, bounds, phases, holding, open, goes_in, .. } = self;
         bound_send_buffer(&stream, bounds);
         let ending = Arc::new(Ending::default());
         ending.read_at_once();
@@ -339,6 +377,23 @@ async fn gives_its_descriptor(holding: &Holding) {
     while holding.is_above_share() || for_memory && !holding.is_short_of_descriptors() {
         sleep(DESCRIPTOR_AGAIN).await;
     }
+}
+
+/// How one ends that is told this before it is served.
+fn gone_for(notice: Notice) -> ConnectionEnd {
+    match notice {
+        Notice::ComeBack => ConnectionEnd::SentAway,
+        Notice::Close => ConnectionEnd::Evicted,
+    }
+}
+
+/// Between half of so long and all of it, spread evenly over those who ask.
+fn apart(longest: Duration) -> Duration {
+    /// 2^32 divided by the golden ratio: its multiples fall into the widest gap each time.
+    const STEP: u32 = 2_654_435_769;
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let part = f64::from(ASKED.fetch_add(STEP, Relaxed)) / f64::from(u32::MAX);
+    longest.mul_f64(0.5 + part / 2.0)
 }
 
 /// Waits until it is so; to be polled when that changes.
