@@ -11,11 +11,8 @@ use crate::{
     config::Config,
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings,
-        beyond_budget::BeyondBudget,
-        gate_plan::NoRoomError,
-        holding::Holding,
-        room::{Room, Short},
+        self, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, beyond_budget::BeyondBudget,
+        gate_plan::NoRoomError, holding::Holding, room::Room,
     },
     os::{cgroup, headroom::Headroom, peer_groups::peer_groups},
     peer::{AcceptGate, Arrival, Peer, credentials::Credentials},
@@ -93,9 +90,7 @@ impl AcceptGate for AuditedGate {
     fn refuse_speech(&self, peer: &Peer) -> Option<HeaderMap> {
         let why = self.gate.refuse_speech(peer.caller());
         self.audit.not_let_in(AuditedProcess::from(peer), why);
-        // A word costs more than a close.
-        let has_time = !self.gate.room().is_short(Short::Processor);
-        has_time.then(|| status::refused_connection(why, None, self.gate.rejection_status())).flatten()
+        status::refused_connection(why, None, self.gate.rejection_status())
     }
 
     fn answer_unidentified(&self) -> Option<HeaderMap> {
