@@ -105,7 +105,8 @@
 //!
 //! **What nobody set refuses only where there is no room.** A default that always holds cannot tell fifty services that
 //! start together from one that loops, and refuses the first on an idle node. So defaults are charged, to know who took
-//! more than its share, and bind where memory, descriptors or the processor are short ([`limits::room`]). Then whoever has
+//! more than its share, and bind where memory, descriptors or the processor are short ([`limits::room`]): tokens for the
+//! processor, and what is held for the others, as no rate of calls says how much memory they hold. Then whoever has
 //! tokens or its share passes; the others wait, then hear `Unavailable`: it is the node that is short. What an admin wrote is
 //! `ResourceExhausted` at once, exact to the bucket, and never waits: it is to be relied on.
 //!
@@ -122,7 +123,8 @@
 //!
 //! **Who finds no room waits a moment, unread.** A crowd after a restart is over in less than that. A connection that is
 //! refused for want of room alone keeps its descriptor for up to 250 ms, and is asked for again when there is room, families
-//! in turns; where others have all places it waits two seconds, and whoever leaves leaves it to who waits. What an admin set
+//! in turns; where others have all places it waits two seconds, and whoever leaves leaves it to who waits. One that was let
+//! in while it was silent, and finds no memory when it speaks, waits as long and is refused as at the gate. What an admin set
 //! as a limit refuses at once.
 //!
 //! **Places are kept for those who hold little, in parts that take nothing from each other.** By its share of a crowd larger

@@ -22,8 +22,10 @@
 //! in flight, which a caller has a share of ([`slots`]).
 //!
 //! A limit is an admin's word or holds by default ([`rule::Origin`]). The first refuses at once, exact to the bucket. The
-//! second lets pass while there is [`room`], charged as far as there are tokens; without room, whoever has tokens in its
-//! bucket, or in its share of one, passes, and where processor time alone is short, as many more as that is left for
+//! second binds where there is no [`room`], each by what is short: what is held ([`holding`]) by memory and descriptors, tokens
+//! by processor time. While there is some, all pass, charged as far as there are tokens. Without it whoever has tokens in its
+//! bucket, or in its share of one, passes, and so does the first call of a connection that was let in ([`caller::NthCall`]), as
+//! far as its caller's and its identities' buckets go; where nothing else is short, as many more as there is time left for
 //! ([`spare`]). The others wait ([`patience`]) and are refused for the node's sake. A place
 //! among the attestations is waited for whoever set their number.
 //!

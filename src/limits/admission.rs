@@ -13,7 +13,7 @@ use super::{
     admitted::{Admitted, Charge},
     ask::Ask,
     bucket::Quota,
-    caller::{Caller, CallerKey},
+    caller::{Caller, CallerKey, NthCall},
     caller_pattern::CallerPattern,
     counters::Decision,
     identity_stage::IdentityCall,
@@ -117,10 +117,8 @@ impl Limits {
     ) -> Result<Admitted<P>, Refusal> {
         let now = self.ledger.now();
         let waiting = WaitOfCall::new(now, patience);
-        let call = CallerCall { caller: peer.caller_key(), method, waiting };
-        let is_first = peer.begins_first_call();
-        let mut entering =
-            Entering { ledger: &self.ledger, peer: &peer, is_first, call, passed: None, slot: None };
+        let call = CallerCall { caller: peer.caller_key(), method, waiting, nth: peer.begins_call() };
+        let mut entering = Entering { ledger: &self.ledger, peer: &peer, call, passed: None, slot: None };
         let attempt = waiting.first();
         if let Err(refusal) = entering.go_on(now, attempt) {
             self.ledger.want(&refusal);
@@ -253,9 +251,9 @@ impl Limits {
         }
         let charged = if method.is_bundles() { 1 } else { usize::MAX };
         let plan = self.ledger.plan();
-        let Charge { taker, exempt: caller_exempt, spared, .. } = *charge;
+        let Charge { taker, exempt: caller_exempt, spared, nth, .. } = *charge;
         let now = self.ledger.now();
-        let mut call = CallToSpare { method, taker, now, spared };
+        let mut call = CallToSpare { method, taker, now, spared, nth };
         let of = IdentityCall { plan: &plan, caller_exempt, attempt };
         let charged = self.ledger.charge_identities(&of, &mut call, ids.into_iter().take(charged));
         charge.spared = call.spared;
@@ -273,14 +271,13 @@ struct CallerCall {
     caller: CallerKey,
     method: Method,
     waiting: WaitOfCall,
+    nth: NthCall,
 }
 
 /// A call on its way through the caller stage. It can stop and go on, and gives back what it holds when it is dropped.
 struct Entering<'a, P> {
     ledger: &'a Arc<Ledger>,
     peer: &'a P,
-    /// The first on its connection.
-    is_first: bool,
     call: CallerCall,
     passed: Option<Passed>,
     slot: Option<AttestationSlot>,
@@ -306,7 +303,7 @@ impl<P: Caller> Entering<'_, P> {
             Some(passed) => passed,
             none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
         };
-        let above_share = !self.is_first && self.peer.is_above_share();
+        let above_share = self.call.nth == NthCall::Further && self.peer.is_above_share();
         let done = if above_share { self.ledger.refuse_bytes(&plan, passed, attempt) } else { Ok(()) }
             .and_then(|()| self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt));
         done.inspect_err(|refusal| {
@@ -354,9 +351,9 @@ impl Ledger {
         now: u64,
         attempt: Attempt,
     ) -> Result<Passed, Refusal> {
-        let CallerCall { caller, method, waiting } = *call;
+        let CallerCall { caller, method, waiting, nth } = *call;
         let taker = Taker { caller, group: plan.families.group(caller) };
-        let mut call = CallToSpare { method, taker, now, spared: false };
+        let mut call = CallToSpare { method, taker, now, spared: false, nth };
         let choice = plan.caller.choose(&caller, method);
         let LimitNow { limit, origin, since } = self.limit(choice.rule, plan.since.caller, now);
         let dry = plan.dry || choice.rule.dry_run;
@@ -371,7 +368,7 @@ impl Ledger {
                 let key = self.caller_key(plan, caller, method, &choice);
                 let shares = choice.shared.map(|_| taker);
                 let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares };
-                let short = self.shortfall(origin);
+                let short = self.shortfall_of(nth, origin);
                 let mut callers = self.callers();
                 match callers.hold_by(
                     now,
@@ -422,6 +419,7 @@ impl Ledger {
             pays: if held.is_some() { costs.answer() } else { 0 },
             exempt,
             spared: call.spared,
+            nth,
             soft: plan.soft,
             waiting,
         };
@@ -459,13 +457,13 @@ impl Ledger {
         if passed.needs_slot && slot.is_none() {
             *slot = self.take_slot(plan, passed, attempt)?;
         }
-        let Passed { charge: Charge { method, taker, exempt, spared, .. }, .. } = *passed;
+        let Passed { charge: Charge { method, taker, exempt, spared, nth, .. }, .. } = *passed;
         if let Some(charged_as) = passed.allowed.take() {
             self.counters.count(Stage::Caller, Some(method), charged_as, Decision::Allowed);
         }
         // A health check is not the first thing to be shed.
         if method == Method::ValidateJwtSvid && !exempt {
-            let mut call = CallToSpare { method, taker, now, spared };
+            let mut call = CallToSpare { method, taker, now, spared, nth };
             self.charge_node(plan, &mut call, attempt)?;
             passed.charge.spared = call.spared;
         }

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     ask::{Ask, HeldTokens},
+    caller::NthCall,
     ledger::{Ledger, LimitNow},
     method::Method,
     refusal::Stage,
@@ -72,6 +73,7 @@ pub(super) struct Charge {
     pub(super) exempt: bool,
     /// It passes where defaults have no tokens for it.
     pub(super) spared: bool,
+    pub(super) nth: NthCall,
     /// Which are counted when it pays.
     pub(super) soft: SoftLimits,
     /// What it may wait yet.

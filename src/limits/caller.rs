@@ -165,11 +165,22 @@ pub trait Caller {
         false
     }
 
-    /// A call of it begins. Whether that is the first on its connection: what that takes is held already, and is for nothing if
-    /// it is refused.
-    fn begins_first_call(&self) -> bool {
-        false
+    /// A call of it begins: how that stands to its connection. By default nobody counts them.
+    fn begins_call(&self) -> NthCall {
+        NthCall::Further
     }
+}
+
+/// How a call stands to its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NthCall {
+    /// The first that is made on it: what that takes is held already, and is for nothing if it is refused.
+    First,
+    /// The same, and by default no limit refuses it: the connection came while there was processor time for it, or paid for it
+    /// at the gate.
+    FirstLetIn,
+    /// Another one.
+    Further,
 }
 
 impl<C: Caller> Caller for std::sync::Arc<C> {
@@ -181,8 +192,8 @@ impl<C: Caller> Caller for std::sync::Arc<C> {
         (**self).is_above_share()
     }
 
-    fn begins_first_call(&self) -> bool {
-        (**self).begins_first_call()
+    fn begins_call(&self) -> NthCall {
+        (**self).begins_call()
     }
 }
 

@@ -162,6 +162,8 @@ struct LetIn {
     paid: Option<Quota>,
     charged_as: ChargedAs,
     place: Vacancy,
+    /// As often as it may, as far as nobody set that; or there is processor time for it.
+    in_time: bool,
 }
 
 impl Gate {
@@ -305,7 +307,7 @@ impl Gate {
         {
             shared.node.wake();
         }
-        let LetIn { rehearsed, reserved, paid, charged_as, place: vacancy } = match decided {
+        let LetIn { rehearsed, reserved, paid, charged_as, place: vacancy, in_time } = match decided {
             Ok(let_in) => let_in,
             Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
                 shared.want(refusal);
@@ -324,6 +326,9 @@ impl Gate {
         }
         let group = arriving.group;
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
+        if in_time {
+            holding.let_first_in();
+        }
         if reserved {
             state.lend(Lent { since: now, caller, holding: Arc::downgrade(&holding) }, &plan);
         }
@@ -511,7 +516,8 @@ impl SharedGate {
         }
         let own = it.caller.charged_as();
         let charged_as = held.map_or(own, |(_, place)| place.charged_as(own));
-        decided.map(|(reserved, place)| LetIn { rehearsed, reserved, paid, charged_as, place })
+        let in_time = !rehearsed && (it.rule.rate.is_none() || !self.node.room().is_short(Short::Processor));
+        decided.map(|(reserved, place)| LetIn { rehearsed, reserved, paid, charged_as, place, in_time })
     }
 
     /// What is the caller's own. Holds a token of its rate, if it has one.

@@ -16,6 +16,7 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     budget::NEWCOMER,
+    caller::NthCall,
     room::{Room, Short},
     waste::{AllWaste, Waste},
 };
@@ -71,8 +72,9 @@ pub(super) struct NodeHeld {
     share: AtomicU64,
     /// From so many bytes on shares are to be reckoned anew.
     look_from: AtomicU64,
-    /// What is held when only those grow who have less than the least share there is, when only those do who begin, when nobody
-    /// does, and that share.
+    /// What is held when only those grow who have no more than their share, when only those do who have less than the least
+    /// share there is, when only those do who begin, when nobody does, and that least share.
+    most_from: AtomicU64,
     tight_from: AtomicU64,
     full_from: AtomicU64,
     spent_from: AtomicU64,
@@ -95,6 +97,7 @@ impl NodeHeld {
             room_below: AtomicU64::new(u64::MAX),
             share: AtomicU64::new(UNRECKONED),
             look_from: AtomicU64::new(u64::MAX),
+            most_from: AtomicU64::new(u64::MAX),
             tight_from: AtomicU64::new(u64::MAX),
             full_from: AtomicU64::new(u64::MAX),
             spent_from: AtomicU64::new(u64::MAX),
@@ -136,9 +139,11 @@ impl NodeHeld {
         self.look_from.store(look_from, Relaxed);
     }
 
-    /// Sets from where on those who have `least` hold no more, from where on only those do who begin, and from where on nobody
-    /// does: see [`Holding::try_hold`].
-    pub(super) fn close(&self, [tight_from, full_from, spent_from]: [u64; 3], least: u64) {
+    /// Sets from where on those who have more than their share hold no more, from where on those who have `least` do not, from
+    /// where on only those do who begin, and from where on nobody does: see [`Holding::try_hold`].
+    pub(super) fn close(&self, bounds: [u64; 4], least: u64) {
+        let [most_from, tight_from, full_from, spent_from] = bounds;
+        self.most_from.store(most_from, Relaxed);
         self.tight_from.store(tight_from, Relaxed);
         self.full_from.store(full_from, Relaxed);
         self.spent_from.store(spent_from, Relaxed);
@@ -147,7 +152,8 @@ impl NodeHeld {
 
     /// Whether one who holds `bytes` with what was just added may keep that, where all hold `all`.
     fn fits(&self, all: u64, bytes: u64) -> bool {
-        all < self.tight_from.load(Relaxed)
+        let mostly = if self.is_above_share(bytes) { &self.most_from } else { &self.tight_from };
+        all < mostly.load(Relaxed)
             || bytes <= self.least.load(Relaxed) && all < self.full_from.load(Relaxed)
             || bytes <= BEGINS && all < self.spent_from.load(Relaxed)
     }
@@ -250,6 +256,8 @@ pub struct Holding {
     place: AtomicU8,
     /// A call was made on it.
     called: AtomicBool,
+    /// See [`NthCall::FirstLetIn`].
+    lets_first_in: AtomicBool,
     told: AtomicU8,
     /// When it was told something first.
     told_at: AtomicU64,
@@ -319,6 +327,15 @@ impl Holding {
         fits
     }
 
+    /// Whether [`Self::try_hold`] would count so much now.
+    pub fn could_hold(&self, bytes: u64) -> bool {
+        let fits = |HeldSums { group, node, .. }: &HeldSums| {
+            node.fits(node.bytes().saturating_add(bytes), group.bytes().saturating_add(bytes))
+        };
+        self.sums.as_ref().is_none_or(fits)
+            || self.is_on_reserve() && self.bytes().saturating_add(bytes) <= NEWCOMER
+    }
+
     /// So many are held no longer: at most what was.
     pub fn release(&self, bytes: u64) {
         self.own.take(bytes);
@@ -368,9 +385,18 @@ impl Holding {
         })
     }
 
-    /// A call begins on it. Returns whether it is the first.
-    pub fn begins_first_call(&self) -> bool {
-        !self.called.swap(true, Relaxed)
+    /// A call begins on it. Returns how that stands to it.
+    pub fn begins_call(&self) -> NthCall {
+        match (self.called.swap(true, Relaxed), self.lets_first_in.load(Relaxed)) {
+            (true, _) => NthCall::Further,
+            (false, true) => NthCall::FirstLetIn,
+            (false, false) => NthCall::First,
+        }
+    }
+
+    /// Its first call was let in with it.
+    pub(super) fn let_first_in(&self) {
+        self.lets_first_in.store(true, Relaxed);
     }
 
     /// Whether descriptors are short.
@@ -426,7 +452,7 @@ impl Holding {
     }
 
     /// What it was told.
-    pub(super) fn notice(&self) -> Option<Notice> {
+    pub fn notice(&self) -> Option<Notice> {
         Notice::of(self.told.load(Relaxed))
     }
 
@@ -533,7 +559,7 @@ mod tests {
             Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
         };
         // In units in which nobody is one who begins.
-        node.close([85, 95, 0], 1);
+        node.close([85, 85, 95, 0], 1);
         let (one, another) = (of_family(), of_family());
         let in_room = [one.try_make(10).unwrap(), one.try_make(10).unwrap()];
         another.hold(60);
@@ -558,7 +584,7 @@ mod tests {
             Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) })
         };
         let (full, spent) = (100 * BEGINS, 103 * BEGINS);
-        node.close([full, full, spent], 0);
+        node.close([full, full, full, spent], 0);
         let other = of_family();
         other.hold(full);
         assert!(!other.try_hold(1));

@@ -100,7 +100,7 @@ impl Ledger {
         LimitNow { limit, origin, since }: LimitNow,
     ) -> Option<Scarcity> {
         let caller_exempt = of.caller_exempt;
-        let CallToSpare { method, taker, now, .. } = *call;
+        let CallToSpare { method, taker, now, nth, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
         let lacking = |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, origin });
         let quota = match limit {
@@ -119,7 +119,7 @@ impl Ledger {
         }
         let cost = choice.rule.costs().answer();
         let ask = Ask { key, quota, since, cost, taker: Some(taker) };
-        let short = self.shortfall(origin);
+        let short = self.shortfall_of(nth, origin);
         let who = || (identity_name(id, choice), method.rpc());
         match table.hold_by(now, &ask, short, || self.spare(call, origin), who) {
             Ok(tokens) => {

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::{
     ask::{BucketKey, Hasher, HeldTokens},
     bucket::Shortfall,
-    caller::{CallerKey, Families},
+    caller::{CallerKey, Families, NthCall},
     caller_pattern::CallerPattern,
     counters::{Counters, Decision},
     id_pattern::IdPattern,
@@ -25,7 +25,7 @@ use super::{
     policy::{Choice, Layers},
     refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
     report::{BucketName, Refusing},
-    room::Room,
+    room::{Room, Short},
     rule::{Limit, Origin, Rule},
     settings::{LimitSettings, NodeQuota, SoftLimits},
     shares::{SharedBucket, Taker},
@@ -113,6 +113,7 @@ pub(super) struct CallToSpare {
     pub(super) taker: Taker,
     pub(super) now: u64,
     pub(super) spared: bool,
+    pub(super) nth: NthCall,
 }
 
 /// What comes after a refusal that is worth a wait.
@@ -279,12 +280,21 @@ impl Ledger {
         }
     }
 
-    /// What becomes of a call for which a bucket of this origin has too few tokens.
+    /// What becomes of a call for which a bucket of this origin has too few tokens. Tokens share processor time out: where
+    /// memory or descriptors are short, these are what is shared out, by what each holds.
     pub(super) fn shortfall(&self, origin: Origin) -> Shortfall {
         match origin {
             Origin::Set => Shortfall::Refuse,
-            Origin::ByDefault if self.room.is_there() => Shortfall::Pass,
-            Origin::ByDefault => Shortfall::PassOwn,
+            Origin::ByDefault if self.room.is_short(Short::Processor) => Shortfall::PassOwn,
+            Origin::ByDefault => Shortfall::Pass,
+        }
+    }
+
+    /// The same of a bucket of its caller's, or of an identity's: its connection was let in for that call.
+    pub(super) fn shortfall_of(&self, nth: NthCall, origin: Origin) -> Shortfall {
+        match self.shortfall(origin) {
+            Shortfall::PassOwn if nth == NthCall::FirstLetIn => Shortfall::Pass,
+            short => short,
         }
     }
 
@@ -293,7 +303,7 @@ impl Ledger {
     /// # Errors
     /// When there will be.
     pub(super) fn spare(&self, call: &mut CallToSpare, origin: Origin) -> Result<(), Duration> {
-        let CallToSpare { method, taker, now, spared } = call;
+        let CallToSpare { method, taker, now, spared, .. } = call;
         // What is no Workload API is no work to conserve.
         if origin != Origin::ByDefault || *method == Method::Other || !self.room.lacks_processor_alone() {
             return Err(Duration::MAX);

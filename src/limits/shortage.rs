@@ -158,15 +158,19 @@ impl Shortage {
         whole.saturating_sub(self.spare).saturating_sub(self.used(held))
     }
 
-    /// What connections hold when only those grow who have less than the least share, when only those do who begin, and when
-    /// nothing is left: what is set aside begins with the first, and half of it is for the second.
-    pub(super) fn last_bounds(&self) -> [u64; 3] {
-        let Some(whole) = self.whole else { return [u64::MAX; 3] };
+    /// What connections hold when only those grow who have no more than their share, when only those do who have less than the
+    /// least share, when only those do who begin, and when nothing is left. What is set aside begins with the second, and half
+    /// of it is for the third. The first comes before it by as much: of a crowd that comes at once, those who leave take more
+    /// for a moment than they hold, and who was served would be told to go for that.
+    pub(super) fn last_bounds(&self) -> [u64; 4] {
+        let Some(whole) = self.whole else { return [u64::MAX; 4] };
         let line = |step| self.steps.lines(step, whole).0;
         let end = whole.saturating_sub(self.spare);
         let tight = end.saturating_sub(self.reserved).min(line(Pressure::RefuseNew));
         let full = end.saturating_sub(self.reserved / 2).min(line(Pressure::CloseHeaviest));
-        [tight, full, end].map(|line| line.saturating_sub(self.other))
+        let short_from = line(Pressure::ShrinkCaches).min(tight);
+        let most = tight - (self.reserved / 2).min((tight - short_from) / 4 * 3);
+        [most, tight, full, end].map(|line| line.saturating_sub(self.other))
     }
 
     /// Down to where those above it are cut, if it is so short that they are: not below their share, but when it runs out:
@@ -357,10 +361,10 @@ mod tests {
     #[test]
     fn what_is_set_aside_ends_before_what_is_for_nobody() {
         for (case, spare, reserved, last) in [
-            ("nothing is set aside", 0, 0, [750, 850, 900]),
-            ("little", 20, 40, [750, 850, 880]),
-            ("more", 100, 200, [600, 700, 800]),
-            ("more than there is", 900, 200, [0, 0, 0]),
+            ("nothing is set aside", 0, 0, [750, 750, 850, 900]),
+            ("little", 20, 40, [730, 750, 850, 880]),
+            ("more", 100, 200, [600, 600, 700, 800]),
+            ("more than there is", 900, 200, [0, 0, 0, 0]),
         ] {
             let it = Shortage { spare, reserved, ..shortage(100) };
             assert_eq!(it.last_bounds(), last, "{case}");
@@ -368,7 +372,7 @@ mod tests {
         }
         assert_eq!(
             (Shortage::default().last_bounds(), Shortage::default().left(1)),
-            ([u64::MAX; 3], u64::MAX - 1)
+            ([u64::MAX; 4], u64::MAX - 1)
         );
     }
 }

@@ -107,21 +107,6 @@ impl Accepted<StdStream> {
         }
     }
 
-    /// Whether its peer has closed it: whatever it asked for, nobody can read the answer.
-    pub(super) fn is_deserted(&self) -> bool {
-        Self::deserted(std::slice::from_ref(self)).contains(&true)
-    }
-
-    /// The same of each of these, by one system call.
-    pub(super) fn deserted(these: &[Self]) -> Vec<bool> {
-        let mut asked: Vec<PollFd<'_>> =
-            these.iter().map(|it| PollFd::new(it.as_fd(), PollFlags::empty())).collect();
-        let told = poll(&mut asked, PollTimeout::ZERO).is_ok();
-        let is_left =
-            |it: &PollFd<'_>| told && it.revents().is_some_and(|is| is.contains(PollFlags::POLLHUP));
-        asked.iter().map(is_left).collect()
-    }
-
     /// Registers it with the runtime; it has a place at the gate.
     ///
     /// # Errors
@@ -166,6 +151,21 @@ impl<S: AcceptedSocket, P: Send + 'static> Accepted<S, P> {
 
     pub(super) fn socket_mut(&mut self) -> &mut S {
         self.socket.as_mut().expect("only a drop takes it")
+    }
+
+    /// Whether its peer has closed it: whatever it asked for, nobody can read the answer.
+    pub(super) fn is_deserted(&self) -> bool {
+        Self::deserted(std::slice::from_ref(self)).contains(&true)
+    }
+
+    /// The same of each of these, by one system call.
+    pub(super) fn deserted(these: &[Self]) -> Vec<bool> {
+        let mut asked: Vec<PollFd<'_>> =
+            these.iter().map(|it| PollFd::new(it.as_fd(), PollFlags::empty())).collect();
+        let told = poll(&mut asked, PollTimeout::ZERO).is_ok();
+        let is_left =
+            |it: &PollFd<'_>| told && it.revents().is_some_and(|is| is.contains(PollFlags::POLLHUP));
+        asked.iter().map(is_left).collect()
     }
 
     /// Tells the peer that nothing more comes.

@@ -10,7 +10,10 @@ use std::{
     future::{Future as _, poll_fn},
     io,
     os::fd::{AsFd, AsRawFd as _},
-    sync::{Arc, LazyLock},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     task::Poll,
     time::Duration,
 };
@@ -59,8 +62,8 @@ use crate::{
 };
 
 /// How long one that begins to speak waits for room, and how often it asks.
-const ROOM_WITHIN: Duration = Duration::from_millis(250);
-const ROOM_AGAIN: Duration = Duration::from_millis(25);
+pub(super) const ROOM_WITHIN: Duration = Duration::from_millis(250);
+pub(super) const ROOM_AGAIN: Duration = Duration::from_millis(25);
 
 /// How often one that is over, and was told to close for its memory, asks whether its descriptor is in want.
 const DESCRIPTOR_AGAIN: Duration = Duration::from_secs(1);
@@ -79,6 +82,8 @@ pub(super) struct Connection<G> {
     pub(super) phases: watch::Receiver<Phase>,
     pub(super) open: OpenConnection,
     pub(super) holding: Arc<Holding>,
+    /// When it was let in.
+    pub(super) since: Instant,
     /// Until it has been served, or waits.
     pub(super) goes_in: Option<GoesIn>,
     /// Who refuses it where it finds no memory.
@@ -124,22 +129,35 @@ impl<G: AcceptGate> Connection<G> {
     }
 
     /// Takes what HTTP/2 needs; waits for it a moment where memory is about to run out. The gate let it in for what a silent
-    /// connection takes, when there was room: a thousand of those may all begin to speak at once.
+    /// connection takes, when there was room: a thousand of those may all begin to speak at once. With what those hold who leave
+    /// others of them are served, as long as these are still there: of a caller above its share not all wait equally long.
     async fn finds_room(&mut self) -> Result<(), Unserved> {
-        let until = Instant::now() + ROOM_WITHIN;
-        while !self.holding.try_hold(HTTP2) {
-            if Instant::now() >= until {
-                return Err(Unserved::NoMemory);
-            }
+        // Its turn to go came before its turn to begin: it hears why in the same way.
+        if self.holding.notice().is_some() {
             self.goes_in = None;
+            return Err(Unserved::NoMemory);
+        }
+        if self.holding.try_hold(HTTP2) {
+            return Ok(());
+        }
+        let until = match &self.goes_in {
+            // It spoke at once, and has waited where it came in.
+            Some(_) => self.since + ROOM_WITHIN,
+            None if self.holding.is_above_share() => Instant::now() + apart(ROOM_WITHIN),
+            None => Instant::now() + ROOM_WITHIN,
+        };
+        self.goes_in = None;
+        while Instant::now() < until {
             tokio::select! {
                 () = sleep(ROOM_AGAIN) => {}
                 () = drains(&mut self.phases) => return Err(Unserved::Ended(ConnectionEnd::Drained)),
-                // Its turn to go came before its turn to begin: it hears why in the same way.
                 _told = self.holding.told(None) => return Err(Unserved::NoMemory),
             }
+            if self.holding.try_hold(HTTP2) {
+                return Ok(());
+            }
         }
-        Ok(())
+        Err(Unserved::NoMemory)
     }
 
     /// Refuses it after all, as the gate does: the first few are told why, and the crowd is closed.
@@ -189,10 +207,7 @@ impl<G: AcceptGate> Connection<G> {
             first = arrives => first.map_err(|_closed: io::Error| ConnectionEnd::ByPeer),
             () = sleep_until(by) => Err(ConnectionEnd::HandshakeTimeout),
             () = farewell => Err(ConnectionEnd::Drained),
-            notice = self.holding.told(None) => Err(match notice {
-                Notice::ComeBack => ConnectionEnd::SentAway,
-                Notice::Close => ConnectionEnd::Evicted,
-            }),
+            notice = self.holding.told(None) => Err(gone_for(notice)),
         }
     }
 
@@ -377,6 +392,23 @@ async fn gives_its_descriptor(holding: &Holding) {
     while holding.is_above_share() || for_memory && !holding.is_short_of_descriptors() {
         sleep(DESCRIPTOR_AGAIN).await;
     }
+}
+
+/// How one ends that is told this before it is served.
+fn gone_for(notice: Notice) -> ConnectionEnd {
+    match notice {
+        Notice::ComeBack => ConnectionEnd::SentAway,
+        Notice::Close => ConnectionEnd::Evicted,
+    }
+}
+
+/// Between half of so long and all of it, spread evenly over those who ask.
+fn apart(longest: Duration) -> Duration {
+    /// 2^32 divided by the golden ratio: its multiples fall into the widest gap each time.
+    const STEP: u32 = 2_654_435_769;
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    let part = f64::from(ASKED.fetch_add(STEP, Relaxed)) / f64::from(u32::MAX);
+    longest.mul_f64(0.5 + part / 2.0)
 }
 
 /// Waits until it is so; to be polled when that changes.

@@ -37,7 +37,7 @@ use procfs::{ProcError, process::Process as ProcProcess};
 
 use crate::{
     limits::{
-        caller::{Caller, CallerKey},
+        caller::{Caller, CallerKey, NthCall},
         holding::Holding,
     },
     os::{
@@ -494,8 +494,8 @@ impl Caller for Peer {
         self.holding.get().is_some_and(|holding| holding.is_above_share())
     }
 
-    fn begins_first_call(&self) -> bool {
-        self.holding.get().is_some_and(|holding| holding.begins_first_call())
+    fn begins_call(&self) -> NthCall {
+        self.holding.get().map_or(NthCall::Further, |holding| holding.begins_call())
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
     accepted::{Accepted, Closing},
     allowance::Allowance,
     bounds::InForce,
-    connection::Connection,
+    connection::{Connection, ROOM_AGAIN, ROOM_WITHIN},
     credentials::{Arrival, CredentialsError, KeyResolver, Peer, peer_pidfd_is_of_the_peer},
     drain::note_panic,
     end::{ConnectionEnd, Phase},
@@ -26,7 +26,7 @@ use super::{
     trim::HeapTrim,
 };
 use crate::{
-    limits::{ConnectionRefusal, pace::Pace},
+    limits::{ConnectionRefusal, budget::HTTP2, holding::Holding, pace::Pace},
     os::accept::{Acceptor, Waiting},
     telemetry::registry::Label as _,
 };
@@ -57,6 +57,15 @@ pub(super) struct AtEntrance<P: Send + 'static> {
     since: Instant,
 }
 
+impl<P: Send + 'static> AtEntrance<P> {
+    /// Whether it may go in: there is memory for it, or it has waited long enough for some and is refused. Until then it is kept
+    /// where it takes least.
+    fn may_go_in(&self, holding: &Holding, now: Instant) -> bool {
+        let waited = now.saturating_duration_since(self.since);
+        holding.could_hold(HTTP2) || holding.notice().is_some() || waited >= ROOM_WITHIN
+    }
+}
+
 /// What the accept loop works with.
 pub(super) struct Door<G: AcceptGate, K, F> {
     pub(super) gate: Arc<G>,
@@ -68,6 +77,8 @@ pub(super) struct Door<G: AcceptGate, K, F> {
     pub(super) connections: JoinSet<()>,
     pub(super) lingering: Lingering,
     pub(super) entrance: Entrance<AtEntrance<G::Permit>>,
+    /// When those at the entrance that found no memory are looked at again.
+    pub(super) asks_again: Option<Instant>,
     pub(super) replies: Replies,
     pub(super) closing: Closing,
     pub(super) heap: HeapTrim,
@@ -324,10 +335,14 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Begins those whose turn it is.
     pub(super) fn have_next_go_in(&mut self, now: Instant) {
-        while let Some((next, goes_in)) = self.entrance.next() {
+        let may_go = |one: &AtEntrance<G::Permit>| one.may_go_in(&G::holding(&one.permit), now);
+        while let Some((next, goes_in)) = self.entrance.next(may_go) {
             let begun = self.begin(next, goes_in, now);
             self.pauses_for(begun);
         }
+        // Memory comes back without a word.
+        let held_up = self.entrance.is_waited_at() && !self.entrance.is_full();
+        self.asks_again = held_up.then(|| now + ROOM_AGAIN);
     }
 
     fn begin(&mut self, one: AtEntrance<G::Permit>, goes_in: GoesIn, now: Instant) -> Result<(), NotTaken> {
@@ -354,6 +369,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             phases: self.phase.subscribe(),
             open: OpenConnection::count(&self.stats),
             holding,
+            since,
             goes_in: Some(goes_in),
             gate: Arc::clone(&self.gate),
             replies: Arc::clone(&self.replies.places),

@@ -57,12 +57,15 @@ impl<T> Entrance<T> {
         of_family.push_back(one);
     }
 
-    /// Takes the one whose turn it is, unless enough are inside.
-    pub(super) fn next(&mut self) -> Option<(T, GoesIn)> {
-        if self.inside.number.load(Acquire) >= MOST {
+    /// Takes the one whose turn it is, unless enough are inside. Families whose first may not go yet are passed over, and keep
+    /// their turn.
+    pub(super) fn next(&mut self, may_go: impl Fn(&T) -> bool) -> Option<(T, GoesIn)> {
+        if self.is_full() {
             return None;
         }
-        let family = self.turns.pop_front()?;
+        let first = |family: &u64| self.families.get(family).and_then(VecDeque::front);
+        let at = self.turns.iter().position(|family| first(family).is_some_and(&may_go))?;
+        let family = self.turns.remove(at)?;
         let of_family = self.families.get_mut(&family)?;
         let one = of_family.pop_front()?;
         if of_family.is_empty() {
@@ -77,6 +80,11 @@ impl<T> Entrance<T> {
     /// Whether somebody waits.
     pub(super) fn is_waited_at(&self) -> bool {
         !self.turns.is_empty()
+    }
+
+    /// Whether enough are inside.
+    pub(super) fn is_full(&self) -> bool {
+        self.inside.number.load(Acquire) >= MOST
     }
 
     /// Waits until it is to be asked for the next. For one task, that has asked before until there was none.
@@ -107,13 +115,13 @@ mod tests {
             entrance.wait(1, nth);
             entrance.wait(2, 1000 + nth);
         }
-        let mut inside: VecDeque<_> = std::iter::from_fn(|| entrance.next()).collect();
+        let mut inside: VecDeque<_> = std::iter::from_fn(|| entrance.next(|_| true)).collect();
         assert_eq!(inside.len(), MOST);
         entrance.wait(3, 9999);
         let mut ahead = 0;
         loop {
             inside.pop_front();
-            let (next, goes) = entrance.next().unwrap();
+            let (next, goes) = entrance.next(|_| true).unwrap();
             if next == 9999 {
                 break;
             }
@@ -121,6 +129,19 @@ mod tests {
             inside.push_back((next, goes));
         }
         assert_eq!(ahead, 2);
+    }
+
+    #[test]
+    fn who_may_not_go_yet_is_passed_over_and_keeps_its_turn() {
+        let mut entrance = Entrance::default();
+        for one in [10, 11, 20, 30] {
+            entrance.wait(one / 10, one);
+        }
+        let mut next = |may_go: fn(&u64) -> bool| entrance.next(may_go).map(|(one, _)| one);
+        assert_eq!(next(|one| *one > 10), Some(20));
+        assert_eq!(next(|one| *one > 30), None);
+        assert_eq!(next(|_| true), Some(10));
+        assert_eq!([next(|_| true), next(|_| true), next(|_| true)], [Some(30), Some(11), None]);
     }
 
     proptest! {
@@ -141,7 +162,7 @@ mod tests {
                     inside.pop_back();
                 }
                 asks |= entrance.opens().now_or_never().is_some();
-                while asks && let Some((one, goes)) = entrance.next() {
+                while asks && let Some((one, goes)) = entrance.next(|_| true) {
                     let last = &mut last[usize::try_from(one % 4).unwrap()];
                     prop_assert!(*last < one);
                     *last = one;

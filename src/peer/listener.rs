@@ -123,6 +123,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
             connections: JoinSet::new(),
             lingering: Lingering::default(),
             entrance: Entrance::default(),
+            asks_again: None,
             replies: Replies::default(),
             closing,
             heap: HeapTrim::default(),
@@ -143,6 +144,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
                 }
                 waiting = listener.ready(), if told.is_none() && door.is_open() => rest(door.take_run(waiting?)).await,
                 () = door.entrance.opens() => door.have_next_go_in(Instant::now()),
+                () = at(door.asks_again) => door.have_next_go_in(Instant::now()),
                 Some(ended) = door.connections.join_next() => door.ended(ended),
                 Ok(()) = bounds.changed() => {
                     door.in_force = InForce::new(bounds.borrow_and_update().clone(), &door.stats);

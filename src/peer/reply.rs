@@ -136,9 +136,13 @@ pub(super) fn dismiss(stream: &Accepted<StdStream>) {
     let _told = send(stream.as_fd().as_raw_fd(), &word, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<()> {
-    stream.socket_mut().write_all(&frame(SETTINGS, 0, 0, &[])).await?;
-    let mut request = FirstRequest::default();
+async fn reply<P: Send + 'static>(mut stream: Accepted<UnixStream, P>, block: Vec<u8>) -> io::Result<()> {
+    let (mut request, mut settings) = (FirstRequest::default(), frame(SETTINGS, 0, 0, &[]));
+    // What is there already is answered by one write: the kernel keeps less of one.
+    while request.stream.is_none() && read_at_once(&stream, &mut request)? {}
+    if request.stream.is_none() {
+        stream.socket_mut().write_all(&std::mem::take(&mut settings)).await?;
+    }
     while request.stream.is_none() {
         read(&stream, &mut request).await?;
     }
@@ -146,8 +150,12 @@ async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<(
     // Not the one that was answered: a client sends those above it again at once, and says nothing to whoever waits for them.
     // So the others of this connection end with it.
     let goaway = [&EVERY_STREAM.to_be_bytes()[..], &[0; 4]].concat();
-    let answer =
-        [frame(SETTINGS, ACK, 0, &[]), frame(HEADERS, WHOLE, asked, &block), frame(GOAWAY, 0, 0, &goaway)];
+    let answer = [
+        settings,
+        frame(SETTINGS, ACK, 0, &[]),
+        frame(HEADERS, WHOLE, asked, &block),
+        frame(GOAWAY, 0, 0, &goaway),
+    ];
     stream.socket_mut().write_all(&answer.concat()).await?;
     stream.socket_mut().shutdown().await?;
     // Closed at once, what the client is still sending would fail before it has read this.
@@ -157,26 +165,37 @@ async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<(
 }
 
 /// Reads once.
-async fn read(stream: &Accepted<UnixStream>, request: &mut FirstRequest) -> io::Result<()> {
-    loop {
+async fn read<P: Send + 'static>(
+    stream: &Accepted<UnixStream, P>,
+    request: &mut FirstRequest,
+) -> io::Result<()> {
+    while !read_at_once(stream, request)? {
         stream.socket().readable().await?;
-        let tried = stream.socket().try_io(Interest::READABLE, || {
-            let mut bytes = [MaybeUninit::uninit(); CHUNK];
-            let mut bytes = ReadBuf::uninit(&mut bytes);
-            let most = bytes.remaining();
-            match receive(stream.as_fd(), &mut bytes, most, stream.care())? {
-                Received::Bytes { len: 0, .. } => Err(io::ErrorKind::UnexpectedEof.into()),
-                Received::Bytes { len, .. } => {
-                    bytes.advance(len);
-                    request.read(bytes.filled())
-                }
-                Received::Descriptors => Err(io::ErrorKind::ConnectionAborted.into()),
+    }
+    Ok(())
+}
+
+/// Reads once what is there. Returns whether something was.
+fn read_at_once<P: Send + 'static>(
+    stream: &Accepted<UnixStream, P>,
+    request: &mut FirstRequest,
+) -> io::Result<bool> {
+    let tried = stream.socket().try_io(Interest::READABLE, || {
+        let mut bytes = [MaybeUninit::uninit(); CHUNK];
+        let mut bytes = ReadBuf::uninit(&mut bytes);
+        let most = bytes.remaining();
+        match receive(stream.as_fd(), &mut bytes, most, stream.care())? {
+            Received::Bytes { len: 0, .. } => Err(io::ErrorKind::UnexpectedEof.into()),
+            Received::Bytes { len, .. } => {
+                bytes.advance(len);
+                request.read(bytes.filled())
             }
-        });
-        match tried {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            read => return read,
+            Received::Descriptors => Err(io::ErrorKind::ConnectionAborted.into()),
         }
+    });
+    match tried {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        read => read.map(|()| true),
     }
 }
 

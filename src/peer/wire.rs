@@ -315,6 +315,10 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             if !plenty && !this.turns.is_new() {
                 // What it asks further waits in the kernel where there is no memory for it. Its first request is let in.
                 if !this.holding.try_hold(HEADS_WITHOUT_ROOM) {
+                    // Who has closed it gives back what it holds: were that waited for too, nobody would ever.
+                    if this.outbox.stream().is_deserted() {
+                        return Poll::Ready(Ok(()));
+                    }
                     this.turns.pauses().rest(Instant::now());
                     return Poll::Pending;
                 }

@@ -31,6 +31,8 @@ use crate::{
     support::{Process, write_config},
 };
 
+const GOAWAY: u8 = 7;
+
 /// What callers are limited by is bytes alone.
 const BYTES_ALONE: &str =
     "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 }";
@@ -544,6 +546,98 @@ fn who_finds_no_memory_to_begin_is_refused_by_name() {
         assert!(began.elapsed() < PATIENCE, "{}", log());
         thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// How the crowd fared.
+#[derive(Debug, Default)]
+struct Fared {
+    answered: usize,
+    /// Of these, whose streams are open a second later.
+    stay: usize,
+    /// With a status, or to come back.
+    told: usize,
+    /// Without a word, as the crowd behind the first few is.
+    closed: usize,
+}
+
+/// The kind of the first frame that is a part of the answer on the first stream, or all of it, or that says to come back.
+fn first_word(mut got: &[u8]) -> Option<u8> {
+    while let Some(([a, b, c, kind, flags, stream @ ..], rest)) = got.split_first_chunk::<9>() {
+        let length = usize::try_from(u32::from_be_bytes([0, *a, *b, *c])).unwrap();
+        let is_whole = *kind == HEADERS && flags & END_STREAM != 0;
+        if *stream == [0, 0, 0, 1] && (*kind == DATA || is_whole) || *kind == GOAWAY {
+            return Some(*kind);
+        }
+        got = rest.get(length..)?;
+    }
+    None
+}
+
+/// A crowd that comes and calls at once. Who is not served leaves.
+fn crowd_comes(agent: &Weighed, crowd: usize) -> Fared {
+    let mut open: Vec<(UnixStream, Vec<u8>)> = (0..crowd)
+        .map(|_| {
+            let mut stream = UnixStream::connect(agent.socket()).unwrap();
+            // One that was closed meanwhile is seen below.
+            let _sent = watch(&mut stream, 0, 1).is_ok();
+            stream.set_nonblocking(true).unwrap();
+            (stream, Vec::new())
+        })
+        .collect();
+    let (began, mut fared) = (Instant::now(), Fared::default());
+    let mut served = Vec::new();
+    while !open.is_empty() {
+        assert!(began.elapsed() < PATIENCE, "{} of {crowd} wait\n{}", open.len(), agent.log());
+        thread::sleep(Duration::from_millis(5));
+        open.retain_mut(|(stream, got)| {
+            let ended = stream.read_to_end(got).is_ok();
+            match first_word(got) {
+                Some(DATA) => served.push(stream.try_clone().unwrap()),
+                Some(_) => fared.told += 1,
+                _ if ended => fared.closed += 1,
+                _ => return true,
+            }
+            false
+        });
+    }
+    fared.answered = served.len();
+    // Nor is who was answered told to go for those who came too late.
+    thread::sleep(Duration::from_secs(1));
+    fared.stay = served.iter_mut().filter_map(|stream| (!drain(stream)).then_some(())).count();
+    fared
+}
+
+/// However many processes of one user begin at once, as many are served as there is memory for. Tokens refuse none of them.
+#[test]
+fn of_a_larger_crowd_no_fewer_are_served() {
+    const FIT: u64 = 300;
+    let limits =
+        "node { cpu = 4096 } gate { connection { handshake_timeout = \"5m\" stall_timeout = \"5m\" } }";
+    let agent = Weighed::start("larger", limits);
+    assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
+    agent.wait_for("held", |held| held == 0);
+    let base = agent.measured().max(agent.memory("used"));
+    // Memory begins to be short behind so many.
+    let budget = (base + FIT * (PARKED + HTTP2)) * 100 / 70;
+    write_config(
+        agent.dir.path(),
+        &blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}")),
+    );
+    agent.process.signal(Signal::SIGHUP);
+    agent.wait_for("budget", |told| told == budget);
+    let [few, many] = [400, 1_200].map(|crowd| {
+        let fared = crowd_comes(&agent, crowd);
+        // They have closed, which is seen at once, however little memory there is.
+        agent.wait_for("held", |held| held == 0);
+        println!("of {crowd}: {fared:?}");
+        assert_eq!(fared.answered + fared.told + fared.closed, crowd, "{fared:?}\n{}", agent.log());
+        fared.stay
+    });
+    // What is not optimized takes more, and for that some are told to go again.
+    assert!(few >= 270 && many >= few * 2 / 3, "{few} of 400, {many} of 1,200\n{}", agent.log());
+    let log = agent.log();
+    assert!(log.contains("memory limit: caller holds its share"), "{log}");
+    assert!(!log.contains("reason=rate"), "{log}");
 }
 
 /// Who has all places and does not read that it is to go loses some, as soon as one who has few is refused for them.

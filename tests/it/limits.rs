@@ -15,7 +15,7 @@ use durward::{
         NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
         bucket::{Per, Quota},
         budget::{ADMIN_CONNECTION, HTTP2, Pressure, connection_at_most},
-        caller::Caller,
+        caller::{Caller, NthCall},
         caller_pattern::CallerPattern,
         gate_plan::NoRoomError,
         gate_settings::GatePlacesError,
@@ -1380,6 +1380,54 @@ async fn what_nobody_set_binds_without_room_alone() {
     assert!(gate.open(caller).is_err());
     limits.room().set(Short::Processor, false);
     assert!(gate.open(caller).is_ok());
+}
+
+/// What comes while there is processor time for it, or as often as it may, comes with its first call. Where somebody set how
+/// often it may come, that says nothing of calls.
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_came_in_time_comes_with_its_first_call() {
+    let by_default = GateRule::default();
+    let set = GateRule { rate: Some(Limit::Unlimited), ..GateRule::default() };
+    for (case, rule, short, first) in [
+        ("by default, with room", &by_default, &[][..], NthCall::FirstLetIn),
+        ("without memory", &by_default, &[Short::Memory], NthCall::FirstLetIn),
+        ("without processor time", &by_default, &[Short::Processor], NthCall::FirstLetIn),
+        ("set, with room", &set, &[], NthCall::FirstLetIn),
+        ("set, without processor time", &set, &[Short::Processor], NthCall::First),
+    ] {
+        let rules = GateRules::new(rule.clone(), Vec::new()).unwrap();
+        let settings = LimitSettings {
+            gate: GateSettings { rules, ..GateSettings::default() },
+            ..LimitSettings::default()
+        };
+        let limits = limits(&settings);
+        let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+        short.iter().for_each(|short| limits.room().set(*short, true));
+        let one = gate.open(CallerKey::Uid(1)).unwrap();
+        let calls = [(); 3].map(|()| one.holding().begins_call());
+        assert_eq!(calls, [first, NthCall::Further, NthCall::Further], "{case}");
+    }
+}
+
+/// Who speaks and finds no memory is refused for it: for its own share, or because others hold the rest. It is counted and told
+/// of as at the gate.
+#[tokio::test(start_paused = true)]
+async fn who_finds_no_memory_when_it_speaks_is_refused_for_what_is_held() {
+    let settings = LimitSettings::default();
+    let limits = limits(&settings);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, Some(24 << 20)).unwrap(), &limits);
+    let (heavy, light) = (CallerKey::Uid(1), CallerKey::Uid(2));
+    let crowd: Vec<_> = (0..1_000).map_while(|_| gate.open(heavy).ok()).collect();
+    let other = gate.open(light).unwrap();
+    assert_eq!(crowd.len(), 1_000);
+    let speaking = crowd.iter().filter(|one| one.holding().try_hold(HTTP2)).count();
+    assert!((300..500).contains(&speaking), "{speaking}");
+    assert!(other.holding().try_hold(HTTP2), "what is kept for one that begins is not the crowd's");
+    assert_eq!(gate.refuse_speech(heavy), ConnectionRefusal::Memory);
+    assert_eq!(gate.refuse_speech(light), ConnectionRefusal::MemoryTaken);
+    let mut told: Vec<_> = gate.out_of_room().into_iter().map(|it| (it.caller, it.refusal)).collect();
+    told.sort_by_key(|(caller, _)| caller.to_string());
+    assert_eq!(told, [(heavy, ConnectionRefusal::Memory), (light, ConnectionRefusal::MemoryTaken)]);
 }
 
 /// Of descriptors too, who has its share gets no more, and those of others are there.

@@ -1,5 +1,5 @@
-//! What holds by default: with room it refuses nobody, without it a call waits a little, and what an admin set refuses at
-//! once. And the wait: for whom, how long, how many.
+//! What holds by default: with room it refuses nobody, without processor time a call waits a little, and what an admin set
+//! refuses at once. And the wait: for whom, how long, how many.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use durward::{
         Admitted, Attestations, CallerKey, LimitSettings, Limits, Method, NodeQuota, NodeSettings, Patience,
         Refusal, RejectionStatus,
         bucket::{Per, Quota},
-        caller::Caller,
+        caller::{Caller, NthCall},
         method::PerMethod,
         patience::{FOR_ATTESTATION, FOR_TOKENS, PLACES},
         policy::Layers,
@@ -123,13 +123,78 @@ async fn with_room_what_holds_by_default_refuses_nobody() {
     advance(Duration::from_millis(10)).await;
     assert_eq!(left(&limits, 1).0, 1);
 
-    // Without room, whoever asked for less has its tokens still, at each stage.
-    limits.room().set(Short::Memory, true);
+    // Without processor time, whoever asked for less has its tokens still, at each stage.
+    limits.room().set(Short::Processor, true);
     let (passed, ..) = calls(&limits, 2, 150, Patience::NONE).await;
     assert_eq!(passed, 150);
     let (passed, refusals, _) = calls(&limits, 1, 50, Patience::NONE).await;
     assert!(passed <= 1 && limits.wanting() == 50 - u64::try_from(passed).unwrap(), "{passed}");
     assert!(refusals.iter().all(|refusal| refusal.status == RejectionStatus::Unavailable), "{refusals:?}");
+}
+
+/// Tokens share processor time out. Whoever is refused for memory or descriptors is refused for what it holds of them.
+#[tokio::test(start_paused = true)]
+async fn without_processor_time_alone_what_holds_by_default_binds() {
+    for (short, binds) in [
+        (&[Short::Memory][..], false),
+        (&[Short::Descriptors], false),
+        (&[Short::Memory, Short::Descriptors], false),
+        (&[Short::Memory, Short::Processor], true),
+        (&[Short::Processor], true),
+    ] {
+        for origin in [Origin::ByDefault, Origin::Set] {
+            for (stage, settings) in each_stage(100.0, 10, origin) {
+                let limits = limits(&settings);
+                short.iter().for_each(|short| limits.room().set(*short, true));
+                let (passed, ..) = calls(&limits, 1, 100, Patience::NONE).await;
+                let want = if binds || origin == Origin::Set { 10 } else { 100 };
+                assert_eq!(passed, want, "{stage:?}, {origin:?}, short of {short:?}");
+            }
+        }
+    }
+}
+
+/// However many callers have one SPIFFE ID, none that holds nothing is refused by its bucket where memory is what is short.
+#[tokio::test(start_paused = true)]
+async fn a_herd_of_many_callers_with_one_identity_is_served_without_memory() {
+    let limits = limits(&LimitSettings::default());
+    limits.room().set(Short::Memory, true);
+    let herd = join_all((0..2_000).map(|uid| call(&limits, uid, Patience::NONE))).await;
+    assert_eq!(herd.iter().filter(|one| one.is_err()).count(), 0);
+}
+
+/// A call, and how it stands to its connection.
+#[derive(Clone, Copy, Debug)]
+struct Nth(NthCall);
+
+impl Caller for Nth {
+    fn caller_key(&self) -> CallerKey {
+        CallerKey::Uid(1)
+    }
+
+    fn begins_call(&self) -> NthCall {
+        self.0
+    }
+}
+
+/// What the gate let in is served once: no bucket of its caller's or its identity's refuses that which nobody set.
+#[tokio::test(start_paused = true)]
+async fn the_first_call_of_a_connection_that_came_in_time_passes() {
+    for origin in [Origin::ByDefault, Origin::Set] {
+        for (stage, settings) in each_stage(100.0, 10, origin) {
+            for nth in [NthCall::First, NthCall::FirstLetIn, NthCall::Further] {
+                let limits = crowded(&settings);
+                let mut passed = 0;
+                for _ in 0..100 {
+                    let admitted = limits.admit_caller(Nth(nth), JWT);
+                    let done = admitted.and_then(|mut it| limits.admit_identities(&mut it, &web()));
+                    passed += u32::from(done.is_ok());
+                }
+                let all = origin == Origin::ByDefault && nth == NthCall::FirstLetIn && stage != Stage::Node;
+                assert_eq!(passed, if all { 100 } else { 10 }, "{stage:?}, {origin:?}, {nth:?}");
+            }
+        }
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -455,7 +520,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
     /// Whatever comes: what is set lets pass what its bucket has, and what holds by default all of it with room, and
-    /// without room never more than its bucket would.
+    /// without processor time never more than its bucket would.
     #[test]
     fn what_passes_is_what_room_and_buckets_say(steps in steps(), stage in 0..3_usize, burst in 1..12_u32) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
@@ -472,7 +537,7 @@ proptest! {
                         }
                         room = there;
                         for limits in [&set, &by_default] {
-                            limits.room().set(Short::Descriptors, !there);
+                            limits.room().set(Short::Processor, !there);
                         }
                     }
                     Step::Pass(ms) => advance(Duration::from_millis(ms)).await,
