@@ -68,7 +68,7 @@ use crate::{
         Entry, EntryIndex,
         selector::{Selector, Selectors},
     },
-    limits::{Admitted, Families, Limits},
+    limits::{Admitted, Families, Limits, processor::ProcessorShare},
     os::{
         namespace::{ProcFault, proc_is_ours, unmapped},
         pidfd::Owner,
@@ -275,9 +275,10 @@ impl Attestor {
         self.prepared().settings = Arc::new(settings);
     }
 
-    /// Shares what callers wait for by these families from the next call on.
-    pub fn share_by(&self, families: Families) {
+    /// Shares what callers wait for by these families from the next call on, and what the agent may use of the processor.
+    pub fn share_by(&self, families: Families, processor: ProcessorShare) {
         self.families.store(Arc::new(families));
+        self.attestors.unix.share_is(processor);
     }
 
     /// Looks what the entries ask for. Does not wait: what is not known yet stays untold. For the same entries and

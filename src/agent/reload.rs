@@ -93,7 +93,7 @@ impl Replacing {
         connections.send_if_modified(|old| std::mem::replace(old, bounds.clone()) != bounds);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());
-        parts.attestor.share_by(ratelimit.families.clone());
+        parts.attestor.share_by(ratelimit.families.clone(), ratelimit.node.cpu);
         parts.audit.lifetime_is(next.longest_svid_ttl());
         parts.writer.replace(policy.clone(), || {
             // In one snapshot with the entries that are found by these.

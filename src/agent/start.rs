@@ -191,7 +191,7 @@ impl PreparedAgent {
         let meter = MemoryMeter::start().map_err(|error| no_threads(1, error))?;
         let index = config.issuer_input().index;
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
-        attestor.share_by(config.ratelimit.families.clone());
+        attestor.share_by(config.ratelimit.families.clone(), config.ratelimit.node.cpu);
         attestor.prepare_for(&index);
         attestor.wait(ANSWERS_WITHIN);
         let limits_set = SharedLimits::default();

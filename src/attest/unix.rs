@@ -18,7 +18,9 @@ mod executable;
 pub mod mounts;
 mod names;
 mod questions;
+mod spent;
 mod threads;
+mod unlisted;
 
 use std::{sync::Arc, time::Instant};
 
@@ -40,6 +42,7 @@ use crate::{
         Entry,
         selector::{Selector, Selectors},
     },
+    limits::processor::ProcessorShare,
 };
 
 /// Whether this process may look at what the processes of other users execute: it has `CAP_SYS_PTRACE`.
@@ -108,6 +111,13 @@ impl UnixError {
 pub(super) struct UnixAttestor {
     names: Names,
     discovery: Discovery,
+}
+
+impl UnixAttestor {
+    /// What the agent may use of the processor, of which looking at files is a part.
+    pub(super) fn share_is(&self, share: ProcessorShare) {
+        self.discovery.share_is(share);
+    }
 }
 
 impl WorkloadAttestor for UnixAttestor {

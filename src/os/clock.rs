@@ -97,6 +97,12 @@ pub fn processor_time() -> Duration {
     used.map(Duration::from).unwrap_or_default()
 }
 
+/// Processor time that the calling thread has used, from its start.
+pub fn thread_time() -> Duration {
+    let used = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+    used.map(Duration::from).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@
 //! comes later takes it away. So there are places for more than one user can hold ([`MOST_PLACES`]), and each
 //! is cheap: a descriptor and a small task, no byte of a head that is not complete. The time for a head is
 //! short, and shorter while places are ([`HEAD_WITHIN`]). At a Unix socket, where the kernel tells who is there, one
-//! user has a part of the places at most.
+//! user has a part of the places at most. What loops may take of the processor is bounded too (`http/pace.rs`).
 //!
 //! A listener that is configured and cannot be bound is an error at start: a probe that silently does not exist
 //! is worse than an agent that says why it did not start. No TLS here.
@@ -14,6 +14,7 @@
 //! Not hyper: it holds 8 KiB for a connection from its first byte on, which is what a thousand halves of a request
 //! would cost each; of HTTP/1 a probe needs one line (`http/page.rs`).
 
+mod pace;
 mod page;
 
 use std::{
@@ -43,10 +44,13 @@ use tokio::{
     net,
     sync::Semaphore,
     task::JoinSet,
-    time::timeout,
+    time::{Instant, sleep, timeout},
 };
 
-use self::page::{AskedPage, MOST_HEAD, Page, RequestHead, TEXT};
+use self::{
+    pace::{Intake, Scraper, ScraperTurns},
+    page::{AskedPage, MOST_HEAD, Page, RequestHead, TEXT},
+};
 use super::{health::HealthState, metrics::Metrics};
 
 /// The most connections of a listener: twice what one local user may hold without being in anybody's way.
@@ -299,25 +303,42 @@ impl HttpListener {
         };
         let shares = UserPlaces { held: Arc::default(), most: (places / USER_SHARE).max(1) };
         let mut visits = JoinSet::new();
+        let (mut intake, mut turns) = (Intake::new(Instant::now()), ScraperTurns::default());
         loop {
             while visits.try_join_next().is_some() {}
             // Who comes while there is no place waits in the kernel's queue. The semaphore is never closed.
             let place = Arc::clone(&free).acquire_owned().await;
             let accepted = listener.accept().await;
+            // A probe is in the same queue as a loop, and waits a moment for each of its connections.
+            if matches!(accepted, Ok(Visitor::Tcp(..))) {
+                let wait = intake.took(Instant::now());
+                if !wait.is_zero() {
+                    sleep(wait).await;
+                }
+            }
             let (stream, share) = match accepted.map(|stream| (shares.take(&stream), stream)) {
                 Ok((Ok(share), stream)) => (stream, share),
                 Ok((Err(TooMany), _)) => continue,
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection for {}", routes.what());
-                    tokio::time::sleep(AFTER_ACCEPT_ERROR).await;
+                    sleep(AFTER_ACCEPT_ERROR).await;
                     continue;
                 }
             };
             let crowded = free.available_permits() < places / 2;
             let within = if crowded { HEAD_WITHIN_CROWDED } else { HEAD_WITHIN };
+            // Health is a few bytes, and a supervisor's question that nobody may delay.
+            let turn = match (&routes, stream.scraper()) {
+                (Routes::Metrics(_), Some(scraper)) => turns.take(scraper, Instant::now()),
+                _ => Some(Duration::ZERO),
+            };
+            let Some(turn) = turn else { continue };
             let routes = routes.clone();
             visits.spawn(async move {
                 let _held = (place, share);
+                if !turn.is_zero() {
+                    sleep(turn).await;
+                }
                 // A broken or slow peer is its own affair, and logging each would be its lever.
                 drop(stream.visit(&routes, within).await);
             });
@@ -344,7 +365,7 @@ impl Listening {
                     let each = listeners.iter().map(|listener| listener.poll_accept(cx));
                     each.into_iter().find(Poll::is_ready).unwrap_or(Poll::Pending)
                 });
-                accepted.await.map(|(stream, _)| Visitor::Tcp(stream))
+                accepted.await.map(|(stream, from)| Visitor::Tcp(stream, from.ip()))
             }
             Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Visitor::Unix(stream)),
         }
@@ -399,11 +420,18 @@ impl Drop for UserPlace {
 /// Somebody who came to ask.
 #[derive(Debug)]
 enum Visitor {
-    Tcp(net::TcpStream),
+    Tcp(net::TcpStream, IpAddr),
     Unix(net::UnixStream),
 }
 
 impl Visitor {
+    fn scraper(&self) -> Option<Scraper> {
+        match self {
+            Self::Tcp(_, address) => Some(Scraper::at(*address)),
+            Self::Unix(stream) => stream.peer_cred().ok().map(|peer| Scraper::User(peer.uid())),
+        }
+    }
+
     async fn visit(self, routes: &Routes, within: Duration) -> io::Result<()> {
         let (head, body) = timeout(within, self.asks(routes)).await??;
         timeout(ANSWER_WITHIN, async {
@@ -475,14 +503,14 @@ impl Visitor {
 
     fn descriptor(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Tcp(stream) => stream.as_fd(),
+            Self::Tcp(stream, _) => stream.as_fd(),
             Self::Unix(stream) => stream.as_fd(),
         }
     }
 
     async fn ready(&self, interest: Interest) -> io::Result<Ready> {
         match self {
-            Self::Tcp(stream) => stream.ready(interest).await,
+            Self::Tcp(stream, _) => stream.ready(interest).await,
             Self::Unix(stream) => stream.ready(interest).await,
         }
     }
@@ -490,7 +518,7 @@ impl Visitor {
     /// Does what may not be possible yet; then the runtime waits for that it is.
     fn attempt<T>(&self, interest: Interest, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         match self {
-            Self::Tcp(stream) => stream.try_io(interest, act),
+            Self::Tcp(stream, _) => stream.try_io(interest, act),
             Self::Unix(stream) => stream.try_io(interest, act),
         }
     }
@@ -602,6 +630,29 @@ mod tests {
             assert_eq!(parts(&answer).0, status, "{case}: {answer}");
             assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{case}");
         }
+    }
+
+    /// Whoever asks again and again takes no more of the processor than that; whoever asks now and then does not wait.
+    #[tokio::test(start_paused = true)]
+    async fn who_loops_is_given_the_metrics_at_a_pace() {
+        let address = served(Routes::Metrics(Arc::new(Metrics::default())), 16);
+        let began = Instant::now();
+        for n in 0..220 {
+            let answer = ask(address, "GET /metrics HTTP/1.1\r\n\r\n").await;
+            assert_eq!(parts(&answer).0, "200", "{n}");
+        }
+        assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_loops_is_taken_in_at_a_pace() {
+        let address = served(health(&Arc::default()), 16);
+        let began = Instant::now();
+        for n in 0..700 {
+            let answer = ask(address, "GET /live HTTP/1.1\r\n\r\n").await;
+            assert_eq!(parts(&answer).0, "200", "{n}");
+        }
+        assert!(began.elapsed() >= Duration::from_millis(500), "{:?}", began.elapsed());
     }
 
     /// A head that comes byte by byte, and one whose sender says no more but keeps the connection half open.

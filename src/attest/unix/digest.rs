@@ -5,6 +5,9 @@
 //! turns, a size is checked before and while reading, and a file that nobody waits for is let go. Callers of the
 //! same file share one hash.
 //!
+//! What is read here is wanted once, so the kernel is told to keep none of it: the pages of large files would be reckoned
+//! to the agent's cgroup, up to its limit.
+//!
 //! A digest is kept by the file's [`Stamp`], of which no user can set the time of change. File systems count that
 //! time in steps of milliseconds, so a file that changed in the last [`SETTLED`] may change again under the same
 //! stamp: its digest is answered and not kept. A file that changes while it is read has no digest. Of a file system
@@ -27,7 +30,10 @@ use super::{
     executable::{self, Executable, ExecutableError, Stamp},
     threads::{FileTask, FileThreads, GivenUp, PATIENCE, TaskKind, TaskPlace, TaskStep},
 };
-use crate::{attest::process::ProcDir, os::clock::Clock};
+use crate::{
+    attest::process::ProcDir,
+    os::{clock::Clock, file_cache},
+};
 
 /// Digests kept.
 const CAPACITY: usize = 256;
@@ -35,6 +41,10 @@ const CAPACITY: usize = 256;
 const STEP: Duration = Duration::from_millis(50);
 /// How often a file is begun for one who waits.
 const TRIES: usize = 3;
+/// After so many bytes the kernel lets go of what was read.
+const LET_GO_EVERY: u64 = 1024 * 1024;
+/// So far ahead it reads: not as far as the disk is set to, which may be more than the cgroup has.
+const AHEAD: u64 = 2 * LET_GO_EVERY;
 /// How much is read at a time.
 const CHUNK: usize = 64 * 1024;
 /// How long a file must have been unchanged for its digest to be kept, in seconds.
@@ -199,6 +209,29 @@ struct OpenFile {
     file: File,
     context: Context,
     read: u64,
+    /// So far the kernel has let go of it.
+    let_go: u64,
+}
+
+impl OpenFile {
+    fn new(file: File) -> Self {
+        file_cache::read_what_is_asked_for(&file);
+        file_cache::fetch(&file, 0, AHEAD);
+        Self { file, context: Context::new(&SHA256), read: 0, let_go: 0 }
+    }
+
+    /// Has the kernel keep what comes next, and no more.
+    fn move_on(&mut self) {
+        file_cache::fetch(&self.file, self.let_go.saturating_add(AHEAD), self.read.saturating_add(AHEAD));
+        file_cache::let_go(&self.file, self.let_go, self.read);
+        self.let_go = self.read;
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        file_cache::let_go(&self.file, self.let_go, self.read.saturating_add(AHEAD));
+    }
 }
 
 impl FileTask for HashTask {
@@ -249,7 +282,7 @@ impl HashTask {
         if open.is_none() {
             let dir = ProcDir::at(wanted.process.clone())?;
             let file = wanted.executable.open(&dir, &wanted.stamp)?;
-            *open = Some(OpenFile { file, context: Context::new(&SHA256), read: 0 });
+            *open = Some(OpenFile::new(file));
         }
         let Some(open) = open else { return Ok(None) };
         let failed = |errno| ExecutableError::unreadable(path.clone(), errno);
@@ -273,6 +306,9 @@ impl HashTask {
                 return Err(ExecutableError::TooLarge { path, size: open.read, limit: wanted.limit });
             }
             open.context.update(buffer.get(..n).unwrap_or_default());
+            if open.read.saturating_sub(open.let_go) >= LET_GO_EVERY {
+                open.move_on();
+            }
         }
         Ok(None)
     }
@@ -307,7 +343,7 @@ mod tests {
     use aws_lc_rs::digest::digest;
     use nix::sys::stat::stat;
 
-    use super::*;
+    use super::{super::unlisted::UnlistedMounts, *};
 
     /// A process that executes a file.
     struct Sleeper(Child);
@@ -326,7 +362,7 @@ mod tests {
         fn file(&self, limit: u64) -> Hashed {
             let process = PathBuf::from(format!("/proc/{}", self.0.id()));
             let dir = ProcDir::at(process.clone()).unwrap();
-            let executable = Executable::of(&dir).unwrap();
+            let executable = Executable::of(&dir, 1, &UnlistedMounts::default()).unwrap();
             let stamp = executable.stamp(&dir).unwrap();
             Hashed { executable, stamp, process, limit, family: 1 }
         }
@@ -384,6 +420,29 @@ mod tests {
         drop(process);
         let gone = digests.make(&threads, before).await;
         assert!(matches!(gone, Err(ExecutableError::Gone)), "{gone:?}");
+    }
+
+    /// Pages that the agent brings in are its own, up to the limit of its memory.
+    #[tokio::test]
+    async fn the_kernel_keeps_nothing_of_what_was_hashed() {
+        const LENGTH: usize = 24 << 20;
+        let (digests, threads) = (Digests::default(), FileThreads::default());
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let program = copy(&dir);
+        let file = fs::OpenOptions::new().read(true).write(true).open(&program).unwrap();
+        // A program may have anything behind it.
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7], u64::try_from(LENGTH - 1).unwrap()).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        let content = fs::read(&program).unwrap();
+        let file = File::open(&program).unwrap();
+        let before = file_cache::kept_pages(&file, LENGTH);
+        assert!(before > LENGTH / 4096 / 2, "of what is on a disk the kernel keeps what was read: {before}");
+        let process = Sleeper::start(&program);
+        let digest_of_it = digests.make(&threads, process.file(u64::MAX)).await.unwrap();
+        assert_eq!(digest_of_it, hex(digest(&SHA256, &content).as_ref()));
+        let after = file_cache::kept_pages(&file, LENGTH);
+        assert!(after < before / 8, "{after} of {before} pages");
     }
 
     #[tokio::test]

@@ -14,6 +14,7 @@ use super::{
     executable::{self, Executable, ExecutableError, Stamp},
     mounts::ServedBy,
     threads::{FileThreads, NotDone, TaskKind, TaskPlace},
+    unlisted::UnlistedMounts,
 };
 use crate::{
     attest::{
@@ -21,6 +22,7 @@ use crate::{
         process::{ProcDir, Seen},
     },
     identity::selector::{Selector, Selectors},
+    limits::processor::ProcessorShare,
 };
 
 /// Finds out about executables. Cheap to clone, all clones are one.
@@ -28,6 +30,7 @@ use crate::{
 pub(super) struct Discovery {
     threads: Arc<FileThreads>,
     digests: Digests,
+    unlisted: Arc<UnlistedMounts>,
 }
 
 impl Discovery {
@@ -44,6 +47,11 @@ impl Discovery {
                  Unavailable; with systemd, discover-workload-path.conf gives it the capability"
             );
         }
+    }
+
+    /// What the agent may use of the processor: a family gets a part of that here.
+    pub(super) fn share_is(&self, share: ProcessorShare) {
+        self.threads.share_is(share);
     }
 
     /// Adds to `findings` what the process executes. `wanted` says whether an entry may be the process's that asks for
@@ -98,7 +106,8 @@ impl Discovery {
 
     async fn look(&self, seen: &Seen<'_>) -> Result<Executable, ExecutableError> {
         let place = TaskPlace { kind: TaskKind::Text, family: seen.family, device: None };
-        on_thread(&self.threads, place, &seen.dir, Executable::of).await
+        let (family, unlisted) = (seen.family, Arc::clone(&self.unlisted));
+        on_thread(&self.threads, place, &seen.dir, move |dir| Executable::of(dir, family, &unlisted)).await
     }
 
     async fn digest(

@@ -10,6 +10,8 @@
 //! mounts is asked since a file of another namespace can be executed too. FUSE is not believed anywhere: setuid
 //! helpers mount it for every user. What only root mounts is believed, an overlay over FUSE included.
 //!
+//! To look for a mount that is in no list takes all of them from end to end, so that is remembered ([`unlisted`]).
+//!
 //! What is not asked: whether the process still does what its executable says. Who may execute a file may also trace
 //! its process or load something into it, or name the file as its own (`PR_SET_MM`).
 
@@ -20,6 +22,7 @@ use std::{
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::PathBuf,
     sync::LazyLock,
+    time::Instant,
 };
 
 use nix::{
@@ -29,7 +32,10 @@ use nix::{
 };
 use procfs::process::Process;
 
-use super::mounts::{self, MountedOn, ServedBy};
+use super::{
+    mounts::{self, MountedOn, ServedBy},
+    unlisted::{NamespaceId, SoughtMount, UnlistedMounts},
+};
 use crate::{
     attest::{AttestFault, Blame, ProcReadError, process::ProcDir},
     os::namespace::owning_user_namespace,
@@ -172,16 +178,23 @@ pub(super) struct Executable {
 }
 
 impl Executable {
-    /// What the process of `dir` executes. Reads the text of the kernel, which may be long: not for a thread of the
-    /// runtime.
+    /// What the process of `dir` executes, which is of this family. Reads the text of the kernel, which may be long: not for
+    /// a thread of the runtime.
     ///
     /// # Errors
     /// [`ExecutableError`].
-    pub(super) fn of(dir: &ProcDir) -> Result<Self, ExecutableError> {
-        in_our_namespace(dir)?;
+    pub(super) fn of(dir: &ProcDir, family: u64, unlisted: &UnlistedMounts) -> Result<Self, ExecutableError> {
+        let namespace = in_our_namespace(dir)?;
         let file = descriptor(dir)?;
         let mount = mount_id(file.as_fd())?;
-        let on = mounted_on(dir, mount)?.ok_or(ExecutableError::Unmounted)?;
+        let sought = SoughtMount { family, namespace, mount };
+        if unlisted.has(&sought, Instant::now()) {
+            return Err(ExecutableError::Unmounted);
+        }
+        let Some(on) = mounted_on(dir, mount)? else {
+            unlisted.note(sought, Instant::now());
+            return Err(ExecutableError::Unmounted);
+        };
         if on.served_by == ServedBy::Program {
             return Err(ExecutableError::Fuse);
         }
@@ -239,9 +252,11 @@ impl Executable {
     }
 }
 
-/// That the mount namespace of the process belongs to the agent's own user namespace.
-fn in_our_namespace(dir: &ProcDir) -> Result<(), ExecutableError> {
-    let owner = match owning_user_namespace(mount_namespace(dir)?) {
+/// The mount namespace of the process, which belongs to the agent's own user namespace.
+fn in_our_namespace(dir: &ProcDir) -> Result<NamespaceId, ExecutableError> {
+    let mounts = mount_namespace(dir)?;
+    let of_mounts = fstat(&mounts).map_err(|errno| node("/proc/PID/ns/mnt", errno))?;
+    let owner = match owning_user_namespace(mounts) {
         Ok(owner) => owner,
         // It is neither ours nor below ours.
         Err(Errno::EPERM) => return Err(ExecutableError::CallersNamespace),
@@ -250,7 +265,7 @@ fn in_our_namespace(dir: &ProcDir) -> Result<(), ExecutableError> {
     let owner = fstat(&owner).map_err(|errno| node("/proc/PID/ns/mnt", errno))?;
     let ours = stat(OUR_USER_NAMESPACE).map_err(|errno| node(OUR_USER_NAMESPACE, errno))?;
     if (owner.st_dev, owner.st_ino) == (ours.st_dev, ours.st_ino) {
-        Ok(())
+        Ok(NamespaceId(of_mounts.st_dev, of_mounts.st_ino))
     } else {
         Err(ExecutableError::CallersNamespace)
     }
@@ -353,6 +368,8 @@ pub(super) static MAY_TRACE: LazyLock<bool> = LazyLock::new(|| {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     impl Stamp {
@@ -375,6 +392,18 @@ mod tests {
         ] {
             assert_eq!(ExecutableError::unreadable(PathBuf::new(), errno).class(), want, "{errno}");
         }
+    }
+
+    #[test]
+    fn a_mount_that_was_in_no_list_a_moment_ago_is_not_looked_for() {
+        let dir = ProcDir::at("/proc/self".into()).unwrap();
+        let unlisted = UnlistedMounts::default();
+        let mount = Executable::of(&dir, 1, &unlisted).unwrap().mount;
+        let sought = SoughtMount { family: 1, namespace: in_our_namespace(&dir).unwrap(), mount };
+        unlisted.note(sought, Instant::now() + Duration::from_secs(3600));
+        let found = Executable::of(&dir, 1, &unlisted);
+        assert!(matches!(found, Err(ExecutableError::Unmounted)), "{found:?}");
+        Executable::of(&dir, 2, &unlisted).expect("what another family was told is nothing to it");
     }
 
     #[test]

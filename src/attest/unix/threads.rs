@@ -1,13 +1,18 @@
 //! Threads for what a caller's file can make wait.
 //!
-//! Whatever asks about an executable runs here and never on a thread of the runtime. There are [`THREADS`] of them from
-//! the start; none is added. A task is done in steps, and whoever waits for it is told no later than at its deadline,
+//! Whatever asks about an executable runs here and never on a thread of the runtime. There are [`THREADS`] and [`READERS`] of
+//! them from the start; none is added. A task is done in steps, and whoever waits for it is told no later than at its deadline,
 //! whatever the file system does. A step that takes longer than [`STUCK`] hangs: nothing can end it, so it holds its
 //! thread, but no longer counts among those that run, and how many may hang is bounded by family and by file system.
 //! So those whose file system is away wait for themselves, and the rest go on.
 //!
 //! Places are shared as attestations are ([`Slots`]): whoever has few is not refused for who has many. Families take
 //! turns; of one family's tasks the smallest is next, so that a huge file delays nobody else's and no small one.
+//!
+//! A family that spent its part of the processor waits ([`SpentTime`]). Threads that read files have a low priority, so that
+//! they take it from nobody who serves; the others have not, since what they do is short and on the way of calls: on a busy node
+//! these would wait for it a second. A thread that serves must never wait for one of low priority: it leaves its tasks in
+//! the [`Inbox`], which is locked for a moment only, and not while somebody looks for what is next.
 //!
 //! Time is the machine's, not the runtime's: what is waited for here are threads.
 
@@ -24,10 +29,16 @@ use std::{
 
 use tokio::sync::{oneshot, watch};
 
-use crate::limits::{AttestationSlot, Attestations, Slots};
+use super::spent::SpentTime;
+use crate::{
+    limits::{AttestationSlot, Attestations, Slots, processor::ProcessorShare},
+    os::{clock::thread_time, priority::lower_this_thread},
+};
 
-/// Threads in all, those that hang included.
+/// Threads that ask, those that hang included.
 const THREADS: usize = 24;
+/// And threads that read files.
+const READERS: usize = 10;
 /// Threads that only read what the kernel tells.
 const FOR_TEXT: usize = 4;
 /// Their stack, in bytes: what they call is shallow.
@@ -154,14 +165,30 @@ pub(super) struct FileThreads {
 }
 
 struct SharedTasks {
+    /// Only these threads lock it. Before the inbox, where both are locked.
     tasks: Mutex<Tasks>,
-    /// A task may begin, or all is over.
+    inbox: Mutex<Inbox>,
+    /// A task may begin, or all is over. Goes with the inbox.
     work: Condvar,
-    /// There is something to watch over, or all is over.
+    /// The same, for those that read files.
+    reading: Condvar,
+    /// There is something to watch over, or all is over. Goes with the inbox.
     watched: Condvar,
     places: Arc<Slots>,
     patience: Duration,
     stuck: Duration,
+}
+
+/// What these threads are told.
+#[derive(Default)]
+struct Inbox {
+    came: Vec<(TaskPlace, Box<dyn FileTask>, TaskHold)>,
+    share: ProcessorShare,
+    /// How often it was said that a task may begin.
+    calls: u64,
+    /// Whether the one who watches waits to be called.
+    unwatched: bool,
+    over: bool,
 }
 
 #[derive(Default)]
@@ -170,9 +197,7 @@ struct Tasks {
     running: Vec<RunningTask>,
     /// The number of the last turn or task.
     number: u64,
-    /// Whether the one who watches waits to be called.
-    unwatched: bool,
-    over: bool,
+    spent: SpentTime,
 }
 
 struct WaitingTask {
@@ -216,7 +241,9 @@ impl FileThreads {
         let places = Attestations::new(PLACES, PLACES_OF_FAMILY).unwrap_or_default();
         let shared = SharedTasks {
             tasks: Mutex::default(),
+            inbox: Mutex::default(),
             work: Condvar::new(),
+            reading: Condvar::new(),
             watched: Condvar::new(),
             places: Arc::new(Slots::new(places)),
             patience,
@@ -229,10 +256,17 @@ impl FileThreads {
     pub(super) fn start(&self) {
         self.started.call_once(|| {
             let mut failed = None;
-            for n in 0..=THREADS {
+            for n in 0..=THREADS + READERS {
                 let shared = Arc::clone(&self.shared);
                 let thread = thread::Builder::new().name("executables".to_owned()).stack_size(STACK);
-                let run = move || if n == 0 { shared.watch() } else { shared.work() };
+                let run = move || match n {
+                    0 => shared.watch(),
+                    1..=THREADS => shared.work(false),
+                    _ => {
+                        lower_this_thread();
+                        shared.work(true);
+                    }
+                };
                 failed = thread.spawn(run).err().or(failed);
             }
             if let Some(error) = failed {
@@ -276,26 +310,30 @@ impl FileThreads {
     pub(super) fn begin(&self, ticket: TaskTicket, task: Box<dyn FileTask>) {
         self.start();
         let TaskTicket { place, hold } = ticket;
-        let mut tasks = self.shared.lock();
-        tasks.number += 1;
-        let number = tasks.number;
-        // Who has a task already is in the line; who comes goes to its end.
-        let of_family = tasks.waiting.iter().find(|it| it.place.family == place.family);
-        let turn = of_family.map_or(number, |it| it.turn);
-        tasks.waiting.push(WaitingTask { number, place, task, turn, hold });
-        if std::mem::take(&mut tasks.unwatched) {
+        let mut inbox = self.shared.inbox();
+        let begins = self.shared.who_does(place.kind == TaskKind::Content);
+        inbox.came.push((place, task, hold));
+        inbox.calls += 1;
+        let unwatched = std::mem::take(&mut inbox.unwatched);
+        drop(inbox);
+        if unwatched {
             self.shared.watched.notify_one();
         }
-        drop(tasks);
-        self.shared.work.notify_one();
+        begins.notify_one();
+    }
+
+    /// What the agent may use of the processor, from now on: a family spends a part of that here.
+    pub(super) fn share_is(&self, share: ProcessorShare) {
+        self.shared.inbox().share = share;
     }
 }
 
 impl Drop for FileThreads {
     fn drop(&mut self) {
         // What still waits goes with the last thread.
-        self.shared.lock().over = true;
+        self.shared.inbox().over = true;
         self.shared.work.notify_all();
+        self.shared.reading.notify_all();
         self.shared.watched.notify_all();
     }
 }
@@ -305,53 +343,95 @@ impl SharedTasks {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What one thread does.
-    fn work(&self) {
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in what came. Returns the tasks and how often it was called so far; `None` when all is over.
+    fn take_in(&self) -> Option<(MutexGuard<'_, Tasks>, u64)> {
         let mut tasks = self.lock();
-        while !tasks.over {
+        let mut inbox = self.inbox();
+        if inbox.over {
+            return None;
+        }
+        let (came, share, calls) = (std::mem::take(&mut inbox.came), inbox.share, inbox.calls);
+        drop(inbox);
+        tasks.spent.share_is(share);
+        for (place, task, hold) in came {
+            tasks.add(place, task, hold);
+        }
+        Some((tasks, calls))
+    }
+
+    /// Where those wait that read files, or those that do not.
+    fn who_does(&self, reading: bool) -> &Condvar {
+        if reading { &self.reading } else { &self.work }
+    }
+
+    /// Waits until it is said more than `calls` times that a task may begin, or all is over.
+    fn wait(&self, reads: bool, calls: u64) {
+        let inbox = self.inbox();
+        let waits = |inbox: &mut Inbox| inbox.calls == calls && !inbox.over;
+        drop(self.who_does(reads).wait_while(inbox, waits));
+    }
+
+    /// What one thread does, which reads files or does all else.
+    fn work(&self, reads: bool) {
+        while let Some((mut tasks, calls)) = self.take_in() {
             let unwanted = tasks.unwanted();
             if !unwanted.is_empty() {
                 // Not under the lock: what a task does when it goes is its own.
                 drop(tasks);
                 drop(unwanted);
-                tasks = self.lock();
                 continue;
             }
-            let next = tasks.next(self.stuck);
-            let Some(WaitingTask { number, place, mut task, turn: _, hold }) = next else {
-                tasks = self.work.wait(tasks).unwrap_or_else(PoisonError::into_inner);
+            let Some(WaitingTask { number, place, mut task, turn: _, hold }) = tasks.next(reads, self.stuck)
+            else {
+                drop(tasks);
+                self.wait(reads, calls);
                 continue;
             };
             let is_wanted = hold.waited_for.is_some() && task.is_wanted();
             tasks.running.push(RunningTask { number, place, since: Instant::now(), hold });
             drop(tasks);
+            let before = thread_time();
             // After a panic the task is dropped, and whoever waits is told that it was not done.
             let again = catch_unwind(AssertUnwindSafe(move || {
                 // To let go of it is a part of the step, as it may hang.
                 (is_wanted && task.step() == TaskStep::Again).then_some(task)
             }));
-            tasks = self.lock();
+            let spent = thread_time().saturating_sub(before);
+            let mut tasks = self.lock();
+            tasks.spent.spend(place.family, spent, Instant::now());
             tasks.ended(number, again.ok().flatten());
+            drop(tasks);
             // What could not begin beside this step may begin, here or on another thread.
+            self.inbox().calls += 1;
             self.work.notify_one();
+            self.reading.notify_one();
         }
     }
 
     /// What the thread does that watches over the others: it gives up what is late, and wakes them when a step turns
-    /// out to hang.
+    /// out to hang, or a family may spend more.
     fn watch(&self) {
-        let mut tasks = self.lock();
-        while !tasks.over {
-            if tasks.waiting.is_empty() && tasks.running.iter().all(|it| it.hold.waited_for.is_none()) {
-                tasks.unwatched = true;
-                tasks = self.watched.wait(tasks).unwrap_or_else(PoisonError::into_inner);
+        while let Some((mut tasks, _)) = self.take_in() {
+            tasks.give_up_late(Instant::now());
+            let any_waits = !tasks.waiting.is_empty();
+            let idle = !any_waits && tasks.running.iter().all(|it| it.hold.waited_for.is_none());
+            let mut inbox = self.inbox();
+            drop(tasks);
+            if idle && inbox.came.is_empty() {
+                inbox.unwatched = true;
+                drop(self.watched.wait_while(inbox, |inbox| inbox.unwatched && !inbox.over));
                 continue;
             }
-            tasks.give_up_late(Instant::now());
-            if !tasks.waiting.is_empty() {
+            if any_waits {
+                inbox.calls += 1;
                 self.work.notify_all();
+                self.reading.notify_all();
             }
-            tasks = self.watched.wait_timeout(tasks, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            drop(self.watched.wait_timeout_while(inbox, LOOK, |inbox| !inbox.over));
         }
     }
 }
@@ -362,8 +442,17 @@ impl Tasks {
         self.waiting.extract_if(.., |it| !it.task.is_begun() && !it.is_wanted()).collect()
     }
 
-    /// Takes the task that is to be done next.
-    fn next(&mut self, stuck: Duration) -> Option<WaitingTask> {
+    fn add(&mut self, place: TaskPlace, task: Box<dyn FileTask>, hold: TaskHold) {
+        self.number += 1;
+        let number = self.number;
+        // Who has a task already is in the line; who comes goes to its end.
+        let of_family = self.waiting.iter().find(|it| it.place.family == place.family);
+        let turn = of_family.map_or(number, |it| it.turn);
+        self.waiting.push(WaitingTask { number, place, task, turn, hold });
+    }
+
+    /// Takes the task that is to be done next, of those that read files or of the others.
+    fn next(&mut self, reads: bool, stuck: Duration) -> Option<WaitingTask> {
         let now = Instant::now();
         let hangs = |it: &RunningTask| now.saturating_duration_since(it.since) >= stuck;
         let may_begin = |place: &TaskPlace| {
@@ -372,15 +461,18 @@ impl Tasks {
             let same_family = |it: &RunningTask| it.place.family == place.family;
             let asks_files = |it: &RunningTask| it.place.kind != TaskKind::Text;
             let asks = place.kind != TaskKind::Text;
-            let reads = place.kind == TaskKind::Content;
+            let asks_about = |it: &RunningTask| it.place.kind == TaskKind::Status;
             running(&|it| same_family(it) && asks_files(it) == asks) < OF_FAMILY
-                && !(asks && running(&asks_files) >= THREADS - FOR_TEXT)
+                && (place.kind == TaskKind::Content) == reads
+                && !(asks && !reads && running(&asks_about) >= THREADS - FOR_TEXT)
                 && running(&same_kind) < place.kind.at_once()
                 && !(reads && running(&|it| same_kind(it) && same_family(it)) > 0)
                 && (place.device.is_none()
                     || running(&|it| it.place.device == place.device && hangs(it)) < OF_DEVICE)
         };
-        let ready = self.waiting.iter().enumerate().filter(|(_, it)| may_begin(&it.place));
+        // To let go of a file costs next to nothing.
+        let may_spend = |it: &WaitingTask| !it.is_wanted() || self.spent.may_spend(it.place.family, now);
+        let ready = self.waiting.iter().enumerate().filter(|(_, it)| may_begin(&it.place) && may_spend(it));
         // What is short goes before what is long, whoever's it is; the long ones take turns.
         let first = |it: &WaitingTask| match it.place.kind {
             TaskKind::Text | TaskKind::Status => (0, it.turn, 0, it.number),
@@ -453,7 +545,8 @@ impl<T: Send, F: FnOnce() -> T + Send> FileTask for OneStep<F, T> {
 mod tests {
     use std::sync::mpsc;
 
-    use super::*;
+    use super::{super::spent::BURST, *};
+    use crate::os::priority::nice;
 
     /// So long nothing here takes that is not held up.
     const PLENTY: Duration = Duration::from_secs(60);
@@ -534,6 +627,50 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_spent_its_part_of_the_processor_waits_and_others_do_not() {
+        let threads = FileThreads::with(PLENTY, PLENTY);
+        threads.share_is(ProcessorShare::cores(ProcessorShare::LEAST).unwrap());
+        let text = |family| TaskPlace { kind: TaskKind::Text, family, device: None };
+        assert_eq!(threads.run(text(1), || ()).await, Ok(()));
+        until(|| threads.shared.lock().running.is_empty());
+        assert!(threads.shared.lock().spent.knows(1), "it is counted");
+        threads.shared.lock().spent.spend(1, 100 * BURST, Instant::now());
+        let mut again = Box::pin(threads.run(text(1), || 5));
+        let mut waits =
+            async || poll_fn(|context| Poll::Ready(again.as_mut().poll(context).is_pending())).await;
+        assert!(waits().await);
+        // Its turn is before theirs.
+        for family in 2..20 {
+            assert_eq!(threads.run(text(family), || 6).await, Ok(6), "{family}");
+        }
+        assert!(waits().await);
+    }
+
+    /// A node that is busy must not keep callers waiting for what is short.
+    #[tokio::test]
+    async fn those_that_read_files_have_a_low_priority_and_the_others_not() {
+        let threads = FileThreads::default();
+        let ours = nice();
+        for (kind, lower) in [(TaskKind::Text, 0), (TaskKind::Status, 0), (TaskKind::Content, 10)] {
+            let of_thread = threads.run(place(kind, 1, 8), nice).await.unwrap();
+            assert_eq!(of_thread, (ours + lower).min(19), "{kind:?}");
+        }
+    }
+
+    /// Who serves is not held up by those that look for what is next, and may get no processor while they do.
+    #[tokio::test]
+    async fn a_task_is_left_while_tasks_are_looked_through() {
+        let threads = FileThreads::with(PLENTY, PLENTY);
+        let looking = threads.shared.lock();
+        let text = TaskPlace { kind: TaskKind::Text, family: 1, device: None };
+        let mut run = Box::pin(threads.run(text, || 5));
+        let left = poll_fn(|context| Poll::Ready(run.as_mut().poll(context).is_pending())).await;
+        assert!(left, "and not done");
+        drop(looking);
+        assert_eq!(run.await, Ok(5));
+    }
+
+    #[tokio::test]
     async fn what_hangs_holds_only_its_own() {
         let threads = Arc::new(FileThreads::with(PLENTY, SOON));
         let (release, released) = mpsc::channel::<()>();
@@ -611,7 +748,7 @@ mod tests {
         let mut behind = Box::pin(threads.run(place(TaskKind::Content, 1, 0), || panic!("nobody waits")));
         let waits = poll_fn(|context| Poll::Ready(behind.as_mut().poll(context).is_pending()));
         assert!(waits.await);
-        assert_eq!(threads.shared.lock().waiting.len(), 1);
+        until(|| threads.shared.lock().waiting.len() == 1);
         drop(behind);
         drop(release);
         until(|| threads.shared.lock().waiting.is_empty() && threads.shared.lock().running.is_empty());
