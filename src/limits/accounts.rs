@@ -5,11 +5,13 @@
 //! [`OWING`] of those that have none and were answered too much in vain: forgotten, they would get tokens back.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
 use super::{
+    budget::connection_with,
     caller::{CallerKey, WhoHolds},
     holding::{GroupHeld, HeldBytes, HeldSums, Holding, NodeHeld, Notice},
     room::Short,
@@ -19,6 +21,10 @@ use super::{
 
 /// Groups without a connection that are remembered for what they owe. What further ones owe is owed by whoever comes new.
 const OWING: usize = 1024;
+/// What a last connection may hold, whatever the share is: as many streams as one may have open by default.
+const LAST: u64 = connection_with(100);
+/// What is still held so many nanoseconds after a connection was closed is held for as long as its peer likes.
+const ENDS_WITHIN: u64 = 1_000_000_000;
 
 /// What groups are compared by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +70,26 @@ impl Shed {
             Self::CloseAboveShare | Self::Close => Notice::Close,
         }
     }
+}
+
+/// What becomes of a connection without which its group would hold less than its share, and with which it holds more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Straddling {
+    Stays,
+    /// Somebody below its share was refused for what others hold.
+    Goes,
+}
+
+/// What a group is brought down to.
+#[derive(Clone, Copy, Debug)]
+struct DownTo {
+    by: Weight,
+    /// By connections without which it has its share.
+    level: u64,
+    /// By one more.
+    whole: u64,
+    share: u64,
+    notice: Notice,
 }
 
 /// A connection that was told to go.
@@ -130,6 +156,57 @@ impl GroupAccount {
             Weight::Bytes => self.held.bytes(),
             Weight::Connections => u64::from(self.open()),
         }
+    }
+
+    /// What stays when those have gone that were told `notice` or more. Those that are closed, and whose peers do not read what
+    /// they were sent, go when these like.
+    fn staying(&self, by: Weight, notice: Notice, now: u64) -> u64 {
+        let over = now.checked_sub(ENDS_WITHIN);
+        let stays = |holding: &Holding| over.is_some_and(|over| holding.is_over_since(over));
+        let leaves = |holding: &Holding| holding.notice() >= Some(notice) && !stays(holding);
+        let leaving = self.open.values().filter(|(_, holding)| leaves(holding));
+        self.weight(by).saturating_sub(leaving.map(|(_, holding)| by.of(holding)).sum())
+    }
+
+    /// Which go of those that may, where so much is `left`; that follows. The newest first of those without which the group has
+    /// its share. If that is not enough, the lightest of the others goes too: one is enough then, and whatever has room beside what is
+    /// left stays after all. So does a last one, unless it alone holds more than [`LAST`].
+    fn going(&self, left: &mut u64, lines: DownTo, may: impl Fn(&Holding) -> bool) -> BTreeSet<u64> {
+        let DownTo { by, level, whole, share, notice } = lines;
+        let mut goes = BTreeSet::new();
+        for (order, (_, holding)) in self.open.iter().rev().filter(|(_, (_, holding))| may(holding)) {
+            if *left <= level {
+                break;
+            }
+            let after = left.saturating_sub(by.of(holding));
+            if after >= share {
+                goes.insert(*order);
+                *left = after;
+            }
+        }
+        if *left <= whole {
+            return goes;
+        }
+        let others = self.open.iter().filter(|(order, (_, holding))| may(holding) && !goes.contains(order));
+        let one = others.map(|(order, (_, holding))| (by.of(holding), Reverse(*order))).min();
+        let Some((weight, Reverse(order))) = one else { return goes };
+        goes.insert(order);
+        *left = left.saturating_sub(weight);
+        let weight_of = |order: &u64| self.open.get(order).map_or(0, |(_, holding)| by.of(holding));
+        goes.retain(|order| {
+            let with = left.saturating_add(weight_of(order));
+            if with <= whole {
+                *left = with;
+            }
+            with > whole
+        });
+        let staying = self.open.iter().filter(|(_, (_, holding))| holding.notice() < Some(notice)).count();
+        let last = goes.iter().map(|order| (weight_of(order), *order)).min();
+        if let Some((weight, order)) = last.filter(|(weight, _)| staying <= goes.len() && *weight <= LAST) {
+            goes.remove(&order);
+            *left = left.saturating_add(weight);
+        }
+        goes
     }
 }
 
@@ -246,7 +323,7 @@ impl Accounts {
             .filter(|account| !account.open.is_empty())
             .map(|account| (account.held.bytes(), account.open(), account))
             .collect();
-        all.sort_by_key(|(bytes, open, _)| std::cmp::Reverse((*bytes, *open)));
+        all.sort_by_key(|(bytes, open, _)| Reverse((*bytes, *open)));
         all.truncate(n);
         all.into_iter().filter_map(|(bytes, open, account)| Some((account.holder()?, open, bytes))).collect()
     }
@@ -262,48 +339,54 @@ impl Accounts {
     }
 
     /// Tells connections of the groups that weigh more than `level` to go, the newest of each first, and so many that no
-    /// group weighs less than `share` then. By [`Shed::Close`] further ones go, the newest of all first, until no more than
-    /// the target is left: a crowd of callers with a connection each does not take them all with it.
-    /// Those that were told before count as gone.
-    pub(super) fn shed(&self, by: Weight, cut: Cut, share: u64, how: Shed) -> Vec<ToldToGo> {
+    /// group weighs less than `share` then, but for one that is [`Straddling`] and goes. By [`Shed::Close`] further ones go, the
+    /// newest of all first, until no more than the target is left: a crowd of callers with a connection each does not take them
+    /// all with it. Those that were told before count as gone.
+    pub(super) fn shed(
+        &self,
+        by: Weight,
+        cut: Cut,
+        share: u64,
+        how: Shed,
+        straddling: Straddling,
+    ) -> Vec<ToldToGo> {
         let Cut { level, target } = cut;
         let notice = how.notice();
+        let whole = match (straddling, how) {
+            (Straddling::Goes, Shed::SendAway | Shed::CloseAboveShare) => level.max(share),
+            // By the other one as many go as have to, in any case.
+            (Straddling::Stays, _) | (_, Shed::Close) => u64::MAX,
+        };
         let (mut told, mut below_share) = (Vec::new(), Vec::new());
-        let (mut all_left, mut goes) = (0_u64, 0_u64);
+        let (mut all_left, mut all_goes, now) = (0_u64, 0_u64, self.node.now());
         for account in self.groups.values() {
-            let gone = |holding: &Holding| holding.notice() >= Some(notice);
-            let leaving = account.open.values().filter(|(_, holding)| gone(holding));
-            let leaving: u64 = leaving.map(|(_, holding)| by.of(holding)).sum();
             let held = account.weight(by);
-            let mut left = held.saturating_sub(leaving);
+            let mut left = account.staying(by, notice, now);
             all_left = all_left.saturating_add(left);
+            if left <= level {
+                continue;
+            }
+            let may = |holding: &Holding| holding.notice() < Some(notice);
+            let before = left;
+            let goes = account.going(&mut left, DownTo { by, level, whole, share, notice }, may);
+            all_goes = all_goes.saturating_add(before.saturating_sub(left));
             for (order, (caller, holding)) in account.open.iter().rev() {
-                if left <= level {
-                    break;
+                let one = ToldToGo { caller: *caller, short: by.short(), held, share, notice };
+                if goes.contains(order) {
+                    told.push((one, holding));
+                } else if how == Shed::Close && left > level && may(holding) {
+                    let weight = by.of(holding);
+                    left = left.saturating_sub(weight);
+                    below_share.push((*order, weight, (one, holding)));
                 }
-                if gone(holding) {
-                    continue;
-                }
-                let weight = by.of(holding);
-                let after = left.saturating_sub(weight);
-                let one = (ToldToGo { caller: *caller, short: by.short(), held, share, notice }, holding);
-                if after >= share {
-                    goes = goes.saturating_add(weight);
-                    told.push(one);
-                } else if how == Shed::Close {
-                    below_share.push((*order, weight, one));
-                } else {
-                    continue;
-                }
-                left = after;
             }
         }
-        below_share.sort_unstable_by_key(|(order, ..)| std::cmp::Reverse(*order));
+        below_share.sort_unstable_by_key(|(order, ..)| Reverse(*order));
         for (_, weight, one) in below_share {
-            if all_left.saturating_sub(goes) <= target {
+            if all_left.saturating_sub(all_goes) <= target {
                 break;
             }
-            goes = goes.saturating_add(weight);
+            all_goes = all_goes.saturating_add(weight);
             told.push(one);
         }
         told.into_iter()
@@ -330,7 +413,7 @@ impl Accounts {
                 newest.take(told(None).saturating_sub(least)).map(|(order, one)| (*order, one, held)),
             );
         }
-        goes.sort_unstable_by_key(|(order, ..)| std::cmp::Reverse(*order));
+        goes.sort_unstable_by_key(|(order, ..)| Reverse(*order));
         goes.truncate(usize::try_from(wanted).unwrap_or(usize::MAX).saturating_sub(leaving));
         let (short, share) = (Weight::Connections.short(), u64::from(share));
         goes.into_iter()
@@ -342,24 +425,18 @@ impl Accounts {
     }
 
     /// Closes connections that were told to come back at `before` or earlier and have not gone, of groups that weigh more than
-    /// `share`: the newest first, and so many that none weighs less then.
-    pub(super) fn close_told(&self, by: Weight, share: u64, before: u64) -> Vec<ToldToGo> {
-        let notice = Notice::Close;
+    /// `share`: the newest first, and so many that none weighs less then, but for one where that is more than `level` still.
+    pub(super) fn close_told(&self, by: Weight, level: u64, share: u64, before: u64) -> Vec<ToldToGo> {
+        let (notice, now) = (Notice::Close, self.node.now());
+        let lines = DownTo { by, level: share, whole: level.max(share), share, notice };
         let mut told = Vec::new();
         for account in self.groups.values() {
             let held = account.weight(by);
-            let closing = account.open.values().filter(|(_, holding)| holding.notice() == Some(notice));
-            let mut left = held.saturating_sub(closing.map(|(_, holding)| by.of(holding)).sum());
-            for (caller, holding) in account.open.values().rev() {
-                if left <= share {
-                    break;
-                }
-                let after = left.saturating_sub(by.of(holding));
-                if after >= share && holding.stays_since(before) {
-                    holding.tell(notice);
-                    told.push(ToldToGo { caller: *caller, short: by.short(), held, share, notice });
-                    left = after;
-                }
+            let mut left = account.staying(by, notice, now);
+            let goes = account.going(&mut left, lines, |holding| holding.stays_since(before));
+            for (caller, holding) in goes.iter().rev().filter_map(|order| account.open.get(order)) {
+                holding.tell(notice);
+                told.push(ToldToGo { caller: *caller, short: by.short(), held, share, notice });
             }
         }
         told
@@ -477,22 +554,26 @@ mod tests {
         assert_eq!(level, 600);
         // The neighbour's 210 stay as they are.
         let cut = |level| Cut { level, target: 210 + level };
-        let told = accounts.shed(Weight::Bytes, cut(level), level, Shed::SendAway);
+        let told = accounts.shed(Weight::Bytes, cut(level), level, Shed::SendAway, Straddling::Stays);
         let callers: Vec<_> = told.iter().map(|told| told.caller).collect();
         assert_eq!(callers, [CallerKey::Uid(104), CallerKey::Uid(103)], "a family is one, the newest go");
         assert_eq!(told[0].held, 1000);
         assert_eq!(
-            accounts.shed(Weight::Bytes, cut(level), level, Shed::SendAway),
+            accounts.shed(Weight::Bytes, cut(level), level, Shed::SendAway, Straddling::Stays),
             [],
             "they are on their way"
         );
         assert!(neighbour.iter().all(|(_, holding)| holding.notice().is_none()));
         // 350 could only be reached from below: what is for crowds alone does that.
-        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::SendAway).len(), 1);
-        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::CloseAboveShare).len(), 3, "the same");
-        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::Close).len(), 1);
+        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::SendAway, Straddling::Stays).len(), 1);
         assert_eq!(
-            accounts.shed(Weight::Connections, cut(3), 3, Shed::SendAway).len(),
+            accounts.shed(Weight::Bytes, cut(350), 350, Shed::CloseAboveShare, Straddling::Stays).len(),
+            3,
+            "the same"
+        );
+        assert_eq!(accounts.shed(Weight::Bytes, cut(350), 350, Shed::Close, Straddling::Stays).len(), 1);
+        assert_eq!(
+            accounts.shed(Weight::Connections, cut(3), 3, Shed::SendAway, Straddling::Stays).len(),
             4,
             "of the neighbour's seven"
         );
@@ -506,7 +587,8 @@ mod tests {
         let crowd: Vec<_> = (0..380).map(|n| accounts.add(CallerKey::Uid(n), u64::from(n), 1)).collect();
         let level = accounts.level(Weight::Connections, 315);
         assert_eq!(level, 0);
-        let told = accounts.shed(Weight::Connections, Cut { level, target: 379 }, 8, Shed::Close);
+        let told =
+            accounts.shed(Weight::Connections, Cut { level, target: 379 }, 8, Shed::Close, Straddling::Stays);
         let want = ToldToGo {
             caller: CallerKey::Uid(379),
             short: Short::Descriptors,
@@ -515,7 +597,10 @@ mod tests {
             notice: Notice::Close,
         };
         assert_eq!(told, [want]);
-        assert_eq!(accounts.shed(Weight::Connections, Cut { level, target: 379 }, 8, Shed::Close), []);
+        assert_eq!(
+            accounts.shed(Weight::Connections, Cut { level, target: 379 }, 8, Shed::Close, Straddling::Stays),
+            []
+        );
         drop(crowd);
     }
 
@@ -530,7 +615,7 @@ mod tests {
             holding.tell(Notice::ComeBack);
         }
         let now = accounts.node.now();
-        let close = |before| accounts.close_told(Weight::Connections, 3, before).len();
+        let close = |before| accounts.close_told(Weight::Connections, 3, 3, before).len();
         assert_eq!(close(now - 1), 0, "they may still go");
         assert_eq!(close(now), 3);
         let notices: Vec<_> = open.iter().map(|(_, holding)| holding.notice()).collect();
@@ -538,6 +623,57 @@ mod tests {
         assert_eq!(notices, [told, told, closed, closed, closed, None]);
         assert!(few.iter().all(|(_, holding)| holding.notice() == told), "who has its share keeps it");
         assert_eq!(close(now), 0, "they are on their way");
+    }
+
+    /// What one group loses that is above its share by less than a connection, while somebody below its share is refused: one
+    /// that is enough, the lightest; what fits beside the rest stays, and so does a last one, unless it is a large one.
+    #[test]
+    fn who_is_above_its_share_by_a_part_of_a_connection_gives_that_up() {
+        const KIB: u64 = 1 << 10;
+        for (case, held, share, level, goes) in [
+            ("at the level", &[400, 400, 400][..], 1_000, 1_200, &[][..]),
+            ("above it", &[400, 400, 400], 1_000, 1_100, &[2]),
+            ("the lightest", &[500, 300, 900], 1_000, 1_100, &[0, 1]),
+            ("the newest go first, if they are enough", &[900, 50, 100, 100], 1_000, 1_050, &[3]),
+            ("small ones are no use, and stay", &[1_300, 40, 40], 600, 650, &[0]),
+            ("the last one", &[620], 400, 450, &[]),
+            ("the last of two", &[620, 610], 400, 450, &[0]),
+            ("a last one that is large", &[900], 400, 450, &[0]),
+            ("two of them", &[700, 900], 400, 450, &[0, 1]),
+        ] {
+            let mut accounts = accounts();
+            let open: Vec<_> =
+                held.iter().map(|held| accounts.add(CallerKey::Uid(1), 1, held * KIB)).collect();
+            let neighbour = accounts.add(CallerKey::Uid(2), 2, share * KIB / 2);
+            let cut = Cut { level: level * KIB, target: 0 };
+            let shed =
+                || accounts.shed(Weight::Bytes, cut, share * KIB, Shed::SendAway, Straddling::Goes).len();
+            let with = |told: Notice| -> Vec<usize> {
+                (0..open.len()).filter(|nth| open[*nth].1.notice() == Some(told)).collect()
+            };
+            shed();
+            assert_eq!(with(Notice::ComeBack), goes, "{case}");
+            assert_eq!(shed(), 0, "{case}: that is enough");
+            accounts.close_told(Weight::Bytes, level * KIB, share * KIB, u64::MAX);
+            assert_eq!(with(Notice::Close), goes, "{case}: they do not go");
+            assert_eq!(neighbour.1.notice(), None, "{case}");
+        }
+    }
+
+    /// What the kernel keeps of closed connections, until their peers read it, is held: for that others go.
+    #[tokio::test(start_paused = true)]
+    async fn what_closed_connections_hold_is_held() {
+        let mut accounts = accounts();
+        let open: Vec<_> = (0..6).map(|_| accounts.add(CallerKey::Uid(1), 1, 100)).collect();
+        let shed = || {
+            let cut = Cut { level: 400, target: 0 };
+            accounts.shed(Weight::Bytes, cut, 300, Shed::CloseAboveShare, Straddling::Goes).len()
+        };
+        assert_eq!((shed(), shed()), (2, 0), "they are on their way");
+        tokio::time::advance(std::time::Duration::from_millis(1_000)).await;
+        assert_eq!((shed(), shed()), (2, 0), "what they hold stays");
+        let told: Vec<_> = open.iter().map(|(_, holding)| holding.notice().is_some()).collect();
+        assert_eq!(told, [false, false, true, true, true, true]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -49,13 +49,13 @@ impl Cell {
         match self.taker {
             NOBODY => {
                 self.taker = mark;
-                Taken::ByFirst
+                Taken::First
             }
-            SEVERAL => Taken::BySeveral,
-            known if known == mark => Taken::ByOne,
+            SEVERAL => Taken::Several,
+            known if known == mark => Taken::Again,
             _ => {
                 self.taker = SEVERAL;
-                Taken::BySecond
+                Taken::Second
             }
         }
     }
@@ -64,13 +64,14 @@ impl Cell {
 /// By whom a bucket is taken from, now that one more call comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taken {
-    /// Nobody was before.
-    ByFirst,
-    /// By one, and the same as before.
-    ByOne,
-    /// By one until now.
-    BySecond,
-    BySeveral,
+    /// Nobody took before.
+    First,
+    /// The one who took before.
+    Again,
+    /// Another than the one who took before.
+    Second,
+    /// One of those who have shares.
+    Several,
 }
 
 /// Nanoseconds in units of 2^30, which is about a second and cheaper to reckon.

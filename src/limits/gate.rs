@@ -21,9 +21,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tokio::time::timeout;
 
 use super::{
-    accounts::{Accounts, OpenPlace, Shed, ToldToGo, Weight},
+    accounts::{Accounts, OpenPlace, Shed, Straddling, ToldToGo, Weight},
     admission::Limits,
     ask::{Ask, BucketKey, Hasher},
     bucket::Quota,
@@ -52,8 +53,11 @@ const SHARES_LAST: u64 = 50_000_000;
 /// After somebody below its part of the places was refused, those that have theirs get no more for so many nanoseconds: it asks
 /// again sooner.
 const KEPT_FOR: u64 = 200_000_000;
-/// Who was told to come back has so many nanoseconds for it before it is closed, while somebody below its share is refused.
-const LEAVES_WITHIN: u64 = 1_000_000_000;
+/// Who was told to come back has so long for it before it is closed, while somebody below its share is refused: that one waits
+/// longer.
+const LEAVES_WITHIN: Duration = Duration::from_millis(150);
+/// One that is refused for want of room waits for so long before it is told, or less.
+const WAITS: Duration = Duration::from_millis(250);
 /// The most callers, families as one, and reasons that are told between two looks.
 const COMPLAINTS: usize = 256;
 
@@ -221,10 +225,15 @@ impl Gate {
     }
 
     /// Reckons shares anew whenever much more is held than when they were last reckoned, and tells those to go for whom somebody
-    /// below its share was refused; for ever.
+    /// below its share was refused; for ever. Whoever does not go is closed while that one waits.
     pub async fn follow(&self) {
         loop {
-            self.shared.node.outdated().await;
+            let outdated = self.shared.node.outdated();
+            if self.shared.state().tells_to_go() {
+                drop(timeout(LEAVES_WITHIN, outdated).await);
+            } else {
+                outdated.await;
+            }
             self.shared.look(&mut self.shared.state());
             // The watch's next look is a quarter of a second away; whom it did not tell itself it still tells of.
             let told = self.shed_now();
@@ -233,8 +242,8 @@ impl Gate {
     }
 
     /// Tells those who hold more than their share to go, as far as memory or descriptors are so short: the newest of their
-    /// connections, and never what is below their share. Whoever does not go is closed while somebody below its share is
-    /// refused for that. Returns who was told.
+    /// connections, and not what is below their share. While somebody below its share is refused for that, a connection of which
+    /// a part is goes too, and whoever does not go is closed. Returns who was told.
     pub fn shed(&self) -> Vec<ToldToGo> {
         let mut told = std::mem::take(&mut self.shared.state().told);
         told.extend(self.shed_now());
@@ -243,30 +252,35 @@ impl Gate {
 
     fn shed_now(&self) -> Vec<ToldToGo> {
         let mut state = self.shared.state();
-        let GateState { accounts, bytes, connections, wanted, .. } = &mut *state;
-        let mut told = Vec::new();
-        let before = self.shared.node.now().checked_sub(LEAVES_WITHIN);
+        let GateState { accounts, bytes, connections, wanted: places_wanted, .. } = &mut *state;
+        let (mut told, now) = (Vec::new(), self.shared.node.now());
+        let before = now.checked_sub(nanos(LEAVES_WITHIN));
         for (by, shortage) in [(Weight::Bytes, bytes), (Weight::Connections, connections)] {
-            let wanted = std::mem::take(&mut shortage.wanted);
+            if std::mem::take(&mut shortage.wanted) {
+                shortage.wanted_until = now.saturating_add(nanos(WAITS));
+            }
+            let wanted = now < shortage.wanted_until;
             let shed = match shortage.pressure() {
                 Pressure::None | Pressure::ShrinkCaches => continue,
                 Pressure::RefuseNew if shortage.is_nearly_out() => Shed::CloseAboveShare,
                 Pressure::RefuseNew => Shed::SendAway,
                 Pressure::CloseHeaviest => Shed::Close,
             };
+            let share = shortage.share();
+            let Some(cut) = shortage.cut_to(|target| accounts.level(by, target)) else { continue };
             if wanted && let Some(before) = before {
-                told.extend(accounts.close_told(by, shortage.share(), before));
+                told.extend(accounts.close_told(by, cut.level, share, before));
             }
-            if let Some(cut) = shortage.cut_to(|target| accounts.level(by, target)) {
-                told.extend(accounts.shed(by, cut, shortage.share(), shed));
-            }
+            let straddling = if wanted { Straddling::Goes } else { Straddling::Stays };
+            told.extend(accounts.shed(by, cut, share, shed, straddling));
         }
-        let refused = std::mem::take(&mut wanted.refused);
+        let refused = std::mem::take(&mut places_wanted.refused);
         if refused > 0 {
+            let each = u64::from(places_wanted.each);
             if let Some(before) = before {
-                told.extend(accounts.close_told(Weight::Connections, u64::from(wanted.each), before));
+                told.extend(accounts.close_told(Weight::Connections, each, each, before));
             }
-            told.extend(accounts.make_way(refused, wanted.each));
+            told.extend(accounts.make_way(refused, places_wanted.each));
         }
         told
     }
@@ -625,7 +639,16 @@ impl SharedGate {
     }
 }
 
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
 impl GateState {
+    /// Whether something is so short that callers are told to go for it.
+    fn tells_to_go(&self) -> bool {
+        self.bytes.pressure().max(self.connections.pressure()) >= Pressure::RefuseNew
+    }
+
     /// Whether nothing is left beside what is set aside.
     fn is_last(&self, plan: &GatePlan, held: u64) -> bool {
         plan.budget.is_some() && self.bytes.left(held) < plan.reserved_bytes() + budget::NEWCOMER

@@ -259,7 +259,7 @@ pub struct Holding {
     /// See [`NthCall::FirstLetIn`].
     lets_first_in: AtomicBool,
     told: AtomicU8,
-    /// When it was told something first.
+    /// When it was told that.
     told_at: AtomicU64,
     notify: Notify,
 }
@@ -441,7 +441,7 @@ impl Holding {
 
     /// Tells the connection. What it was told before is only ever surpassed.
     pub fn tell(&self, notice: Notice) {
-        if self.notice().is_none() {
+        if self.notice() < Some(notice) {
             let now = self.sums.as_ref().map_or(0, |sums| sums.node.now());
             self.told_at.store(now, Relaxed);
         }
@@ -459,6 +459,11 @@ impl Holding {
     /// Whether it was told to come back at that time or before.
     pub(super) fn stays_since(&self, at: u64) -> bool {
         self.notice() == Some(Notice::ComeBack) && self.told_at.load(Relaxed) <= at
+    }
+
+    /// Whether it was closed at that time or before.
+    pub(super) fn is_over_since(&self, at: u64) -> bool {
+        self.notice() == Some(Notice::Close) && self.told_at.load(Relaxed) <= at
     }
 
     /// Waits until the connection is told more than `before`. For one task.

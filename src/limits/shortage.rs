@@ -25,6 +25,8 @@ pub(super) struct Shortage {
     pub(super) least: u64,
     /// Somebody below its share was refused for what others hold, since these were last told to go.
     pub(super) wanted: bool,
+    /// Until when somebody waits for it who was.
+    pub(super) wanted_until: u64,
     pressure: Pressure,
     /// What one may hold; only asked while it is short.
     share: u64,

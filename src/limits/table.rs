@@ -169,12 +169,12 @@ impl Table {
         self.regulars += usize::from(becomes_regular);
         let shares = mark.and_then(|(taker, mark)| {
             let shares = match cell.taken_by(mark) {
-                Taken::ByFirst => {
+                Taken::First => {
                     shared.is_alone(key.hash, taker);
                     None
                 }
-                Taken::ByOne => None,
-                Taken::BySecond => {
+                Taken::Again => None,
+                Taken::Second => {
                     let first = shared.was_alone(key.hash);
                     let shares = shared.of(key.hash)?;
                     if let Some(taker) = first {
@@ -183,7 +183,7 @@ impl Table {
                     }
                     Some(shares)
                 }
-                Taken::BySeveral => shared.of(key.hash),
+                Taken::Several => shared.of(key.hash),
             }?;
             let claim = shares.claim(now, quota, cost, taker);
             Some((shares, claim))

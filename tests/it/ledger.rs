@@ -38,6 +38,10 @@ const BYTES_ALONE: &str =
     "caller { unlimited = true } identity { unlimited = true } node { unlimited = true cpu = 4096 }";
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
+/// A stream that stays open for further questions.
+const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+/// What one is reckoned at, in bytes.
+const REFLECTED: u64 = 128 << 10;
 /// A stream that waits for news.
 const WATCH: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
 
@@ -131,6 +135,14 @@ impl Weighed {
             assert!(began.elapsed() < PATIENCE, "{of} is {bytes}\n{}", self.log());
             thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// Gives it this budget beside its limits, and waits until it counts.
+    fn reload(&self, ratelimit: &str, budget: u64) {
+        let ratelimit = format!("{ratelimit} memory {{ limit = {budget} }}");
+        write_config(self.dir.path(), &blocks(self.dir.path(), &ratelimit));
+        self.process.signal(Signal::SIGHUP);
+        self.wait_for("budget", |told| told == budget);
     }
 
     /// What it uses by now, in bytes: what is charged to its cgroup, or its resident set.
@@ -348,18 +360,12 @@ fn who_holds_most_gives_way_and_nobody_else() {
         "{BYTES_ALONE} gate {{ caller {{ unlimited = true }} connection {{ handshake_timeout = \"5m\" }} }}"
     );
     let agent = Weighed::start("heaviest", limits);
-    let reload = |budget: u64| {
-        let blocks = blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}"));
-        write_config(agent.dir.path(), &blocks);
-        agent.process.signal(Signal::SIGHUP);
-        agent.wait_for("budget", |told| told == budget);
-    };
     assert_eq!(call(&agent.socket(), FETCH_JWT, &jwt_request("first"), PATIENCE), Called::Answered);
     agent.wait_for("held", |held| held == 0);
     let base = agent.measured().max(agent.memory("used"));
     // Connections may take eight MiB until it runs short.
     let budget = (base + (8 << 20)) * 100 / 70;
-    reload(budget);
+    agent.reload(limits, budget);
 
     // A neighbour with a stream, before anybody else.
     let watching = neighbour(&agent, &["watch"]).map(|mut command| Watching(command.spawn().unwrap()));
@@ -380,7 +386,7 @@ fn who_holds_most_gives_way_and_nobody_else() {
     assert!(used >= budget * 65 / 100 && used <= budget * 85 / 100, "{used} of {budget}\n{}", agent.log());
 
     let less = used * 100 / 88;
-    reload(less);
+    agent.reload(limits, less);
     let began = Instant::now();
     while !gone[hog.len() - 1] {
         assert!(began.elapsed() < PATIENCE, "nobody was told\n{}", agent.log());
@@ -402,6 +408,51 @@ fn who_holds_most_gives_way_and_nobody_else() {
         let log = agent.log();
         assert!(!log.lines().any(|line| line.contains(&told) && !line.contains(" audit: ")), "{log}");
     }
+}
+
+/// Two connections that are more than a share together, and less without one of them: that one goes as soon as a caller below
+/// its share is refused for them, though nothing on it is read. The other stays.
+#[test]
+fn who_is_above_its_share_by_a_part_of_a_connection_gives_it_up_for_a_neighbour() {
+    let limits = &format!(
+        "{BYTES_ALONE} gate {{ caller {{ unlimited = true }} connection {{ handshake_timeout = \"5m\" }} }}"
+    );
+    let agent = Weighed::start("rests", limits);
+    if neighbour(&agent, &["watch"]).is_none() {
+        println!("nobody can be anybody else: left out");
+        return;
+    }
+    let mut hog = agent.connections(2);
+    for stream in &mut hog {
+        stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).unwrap();
+        for nth in 0..100 {
+            stream.write_all(&frame(HEADERS, END_HEADERS, 1 + 2 * nth, &block(REFLECTION))).unwrap();
+        }
+    }
+    agent.wait_for("held", |held| held > 200 * REFLECTED);
+    // One that holds two finds no place among those that are set aside for who has none, or one.
+    let mut watching: Vec<Watching> = Vec::new();
+    for streams in 1..=2 {
+        watching.push(Watching(neighbour(&agent, &["watch"]).unwrap().spawn().unwrap()));
+        agent.wait_for("streams", |_| {
+            agent.series("durward_streams_open{method=\"FetchX509SVID\"} ") == streams
+        });
+    }
+    let used = agent.wait_for("used", |used| used > 200 * REFLECTED);
+    // A part of what is set aside is taken, and not so much that anybody is closed for it.
+    agent.reload(limits, used + (4 << 20));
+    let began = Instant::now();
+    while !serves(&agent) {
+        assert!(began.elapsed() < PATIENCE, "{}", agent.log());
+    }
+    agent.wait_for("held", |held| held < 150 * REFLECTED);
+    assert!(serves(&agent) && agent.memory("held") > 100 * REFLECTED, "the other stays\n{}", agent.log());
+    for nth in &mut watching {
+        assert_eq!(nth.0.try_wait().unwrap(), None, "its streams are open\n{}", agent.log());
+    }
+    let (told, log) = (format!("caller=uid:{}", geteuid()), agent.log());
+    let mut lines = log.lines().filter(|line| line.contains("caller holds more than its share"));
+    assert!(lines.clone().count() > 0 && lines.all(|line| line.contains(&told)), "{log}");
 }
 
 /// `durward api` of somebody else; `None` for whoever cannot be anybody else.
@@ -459,12 +510,7 @@ fn who_was_let_in_is_served_though_its_crowd_is_above_its_share() {
     agent.wait_for("held", |held| held == 0);
     // Short, and not so short that anybody is told to go.
     let budget = (agent.measured().max(agent.memory("used")) + CROWD * (PARKED + HTTP2)) * 100 / 76;
-    write_config(
-        agent.dir.path(),
-        &blocks(agent.dir.path(), &format!("{limits} memory {{ limit = {budget} }}")),
-    );
-    agent.process.signal(Signal::SIGHUP);
-    agent.wait_for("budget", |told| told == budget);
+    agent.reload(limits, budget);
     let mut open = agent.connections(900);
     agent.wait_for("held", |held| held == CROWD * PARKED);
     for stream in &mut open {

@@ -1138,16 +1138,63 @@ async fn who_is_refused_for_what_others_hold_makes_them_go() {
     let right = told.iter().all(|told| told.caller == CallerKey::Uid(1) && told.held > told.share);
     assert!(right && !told.is_empty() && told.len() < 10, "{told:?}");
     // They do not go, and it is refused again.
-    advance(Duration::from_millis(999)).await;
+    advance(Duration::from_millis(149)).await;
     let closed = |gate: &Gate| gate.shed().iter().filter(|told| told.notice == Notice::Close).count();
     assert_eq!((open(999).err(), closed(&gate)), (Some(ConnectionRefusal::MemoryTaken), 0));
-    advance(Duration::from_millis(1)).await;
-    assert_eq!(closed(&gate), 0, "nobody was refused meanwhile");
+    advance(Duration::from_millis(250)).await;
+    assert_eq!(closed(&gate), 0, "nobody waits for it any more");
     assert_eq!((open(999).err(), closed(&gate)), (Some(ConnectionRefusal::MemoryTaken), told.len()));
     all.extend(hog);
     all.retain(|permit| notice(permit) != Some(Notice::Close));
     assert!(open(999).is_ok());
     assert_eq!(all.len(), crowd + 20 - told.len());
+}
+
+/// Who is above its share by less than a connection gives one up for who is below, as soon as that one is refused, or is not
+/// read on a connection that it keeps. While that one waits for room, whoever does not go is closed.
+#[tokio::test(start_paused = true)]
+async fn who_is_above_its_share_by_a_part_of_a_connection_gives_one_up() {
+    const MIB: u64 = 1 << 20;
+    for keeps in [false, true] {
+        let gate = gate_within(GateSettings::default(), Some(24 << 20));
+        gate.look(None, 4 * MIB);
+        let polite: Vec<ConnectionPermit> = (0..12).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
+        polite.iter().for_each(|permit| permit.holding().hold(HTTP2));
+        let mut hogs: Vec<ConnectionPermit> =
+            (0..9).map(|n| gate.open(CallerKey::Uid(10 + n % 3)).unwrap()).collect();
+        hogs.iter().for_each(|permit| permit.holding().hold(1_650_000));
+        advance(Duration::from_secs(1)).await;
+        assert_eq!(
+            (gate.look(None, 4 * MIB), gate.shed()),
+            (Pressure::ShrinkCaches, vec![]),
+            "nobody wants it"
+        );
+        let asks = || {
+            if keeps {
+                let fits = polite[0].holding().try_hold(4 << 10);
+                fits.then(|| polite[0].holding().release(4 << 10)).is_some()
+            } else {
+                gate.open_or_wait(CallerKey::Uid(1)).is_ok()
+            }
+        };
+        assert!(!asks(), "{keeps}");
+        gate.look(None, 4 * MIB);
+        let told = gate.shed();
+        assert!(
+            !told.is_empty() && told.iter().all(|told| told.notice == Notice::ComeBack),
+            "{keeps}: {told:?}"
+        );
+        advance(Duration::from_millis(150)).await;
+        gate.look(None, 4 * MIB);
+        assert!(
+            gate.shed().iter().filter(|told| told.notice == Notice::Close).count() >= told.len(),
+            "{keeps}"
+        );
+        hogs.retain(|permit| notice(permit) != Some(Notice::Close));
+        assert!(asks(), "{keeps}");
+        assert!(hogs.len() >= 6, "{keeps}: each of them has its others");
+        assert!(polite.iter().all(|permit| notice(permit).is_none()), "{keeps}");
+    }
 }
 
 /// Who was let in while there was room, and speaks when there is next to none.
@@ -1423,11 +1470,13 @@ async fn who_finds_no_memory_when_it_speaks_is_refused_for_what_is_held() {
     let speaking = crowd.iter().filter(|one| one.holding().try_hold(HTTP2)).count();
     assert!((300..500).contains(&speaking), "{speaking}");
     assert!(other.holding().try_hold(HTTP2), "what is kept for one that begins is not the crowd's");
-    assert_eq!(gate.refuse_speech(heavy), ConnectionRefusal::Memory);
-    assert_eq!(gate.refuse_speech(light), ConnectionRefusal::MemoryTaken);
-    let mut told: Vec<_> = gate.out_of_room().into_iter().map(|it| (it.caller, it.refusal)).collect();
-    told.sort_by_key(|(caller, _)| caller.to_string());
-    assert_eq!(told, [(heavy, ConnectionRefusal::Memory), (light, ConnectionRefusal::MemoryTaken)]);
+    assert_eq!(gate.refuse_begun(&crowd[999]), ConnectionRefusal::Memory);
+    assert_eq!(gate.refuse_begun(&other), ConnectionRefusal::MemoryTaken);
+    let mut told: Vec<_> =
+        gate.out_of_room().into_iter().map(|it| (it.caller.to_string(), it.refusal)).collect();
+    told.sort_by_key(|(caller, _)| caller.clone());
+    let own = |caller: CallerKey| caller.to_string();
+    assert_eq!(told, [(own(heavy), ConnectionRefusal::Memory), (own(light), ConnectionRefusal::MemoryTaken)]);
 }
 
 /// Of descriptors too, who has its share gets no more, and those of others are there.
@@ -1627,6 +1676,68 @@ fn descriptors_and_memory_bound_the_connections() {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Whatever some hold, and in how large connections: while one below its share is refused, or is not read, they give up what is
+    /// above theirs within two looks, whether they read that they are to or not; nobody loses what it could have kept, nor all.
+    #[test]
+    fn who_is_below_its_share_finds_memory_within_two_looks(
+        held in prop::collection::vec((1..5_u32, 1..3_000_u64), 1..80),
+        reads in any::<bool>(),
+    ) {
+        const OTHER: u64 = 3 << 20;
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_time().start_paused(true).build().unwrap().block_on(async {
+            let gate = gate_within(GateSettings::default(), Some(24 << 20));
+            gate.look(None, OTHER);
+            let polite: Vec<ConnectionPermit> =
+                (0..12).map(|_| gate.open(CallerKey::Uid(99)).unwrap()).collect();
+            polite.iter().for_each(|permit| permit.holding().hold(HTTP2));
+            let mut hogs: Vec<(u32, ConnectionPermit)> = vec![];
+            // More than there is room for, and not so much that whoever has most is closed for it.
+            let mut left = 16_500_u64 << 10;
+            for (uid, kib) in held {
+                if let Some(after) = left.checked_sub(kib << 10)
+                    && let Ok(permit) = gate.open(CallerKey::Uid(uid))
+                {
+                    permit.holding().hold(kib << 10);
+                    hogs.push((uid, permit));
+                    left = after;
+                }
+            }
+            let held = |hogs: &[(u32, ConnectionPermit)], uid| -> u64 {
+                hogs.iter().filter(|it| it.0 == uid).map(|it| it.1.holding().bytes()).sum()
+            };
+            let had = [1, 2, 3, 4].map(|uid| held(&hogs, uid));
+            let mut lost: Vec<(u32, u64, u64)> = vec![];
+            let fits = || {
+                let fits = polite[0].holding().try_hold(4 << 10);
+                fits.then(|| polite[0].holding().release(4 << 10)).is_some()
+            };
+            let mut looks = 0;
+            while gate.open(CallerKey::Uid(99)).is_err() || !fits() {
+                looks += 1;
+                prop_assert!(looks <= 2, "{:?} of {:?}", gate.heaviest(5), gate.shares());
+                gate.look(None, OTHER);
+                gate.shed();
+                let share = gate.shares().bytes.unwrap_or(u64::MAX);
+                hogs.retain(|(uid, permit)| {
+                    let told = notice(permit);
+                    let goes = told == Some(Notice::Close) || reads && told.is_some();
+                    if goes {
+                        lost.push((*uid, permit.holding().bytes(), share));
+                    }
+                    !goes
+                });
+                advance(Duration::from_millis(250)).await;
+            }
+            for (uid, bytes, share) in lost {
+                prop_assert!(held(&hogs, uid) > 0, "{uid} had {had:?}");
+                prop_assert!(held(&hogs, uid) + bytes > share, "{uid} had {had:?}, and lost {bytes} of {share}");
+            }
+            prop_assert!(polite.iter().all(|permit| notice(permit).is_none()));
+            Ok(())
+        })?;
+    }
 
     /// Whatever some callers open and close, the next that holds nothing gets in while the reserve lasts.
     #[test]
