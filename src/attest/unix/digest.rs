@@ -214,8 +214,10 @@ struct OpenFile {
 }
 
 impl OpenFile {
-    fn new(file: File) -> Self {
+    fn new(file: File, size: u64) -> Self {
         file_cache::read_what_is_asked_for(&file);
+        // What is kept of it may have marks of who read it before, at which the kernel reads ahead all the same.
+        file_cache::let_go(&file, 0, size);
         file_cache::fetch(&file, 0, AHEAD);
         Self { file, context: Context::new(&SHA256), read: 0, let_go: 0 }
     }
@@ -282,7 +284,7 @@ impl HashTask {
         if open.is_none() {
             let dir = ProcDir::at(wanted.process.clone())?;
             let file = wanted.executable.open(&dir, &wanted.stamp)?;
-            *open = Some(OpenFile::new(file));
+            *open = Some(OpenFile::new(file, wanted.stamp.size()));
         }
         let Some(open) = open else { return Ok(None) };
         let failed = |errno| ExecutableError::unreadable(path.clone(), errno);
