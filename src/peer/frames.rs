@@ -64,9 +64,8 @@ const BESIDE_AT_MOST: u32 = 1024;
 const A_WASTE: u32 = 128;
 
 /// So long a request's head may be for nothing: ten fields as clients of gRPC write them. h2 walks the fields of one that is
-/// malformed to its end, and one byte can be a field; of what is beyond, a part counts as bytes that are no request.
+/// malformed to its end, and one byte can be a field; what is beyond counts as bytes that are no request.
 const USUAL_HEAD: u32 = 512;
-const OF_A_LONG_HEAD: u32 = 2;
 
 /// What comes before a DATA, back to the one before it, is in the same buffer of h2's; more of it than this is told.
 const WORTH_TELLING: u32 = 512;
@@ -416,8 +415,7 @@ impl Filter {
                 self.in_head = true;
                 self.left = self.budget.burst;
                 self.beside = self.beside.saturating_add(BESIDE_A_REQUEST).min(BESIDE_AT_MOST);
-                let beyond = length.saturating_sub(USUAL_HEAD) / OF_A_LONG_HEAD;
-                self.wasted = self.wasted.saturating_add(beyond);
+                self.wasted = self.wasted.saturating_add(length.saturating_sub(USUAL_HEAD));
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,
         }
@@ -631,7 +629,7 @@ mod tests {
     #[test]
     fn a_head_that_is_longer_than_usual_is_waste() {
         let now = Instant::now();
-        for (length, of_each) in [(100, 0), (512, 0), (1_024, 2), (16_384, 62)] {
+        for (length, of_each) in [(100, 0), (512, 0), (1_024, 4), (16_384, 124)] {
             let mut filter = Filter::new(FrameBudget::DEFAULT, now);
             filter.pass(&mut connection(), || now).unwrap();
             let mut wasted = 0;

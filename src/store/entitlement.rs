@@ -119,8 +119,8 @@ pub fn authorize(
     }
 }
 
-/// So many entries are asked for at once: to sign for them takes a thread about a millisecond.
-const SIDE_BY_SIDE: usize = 64;
+/// So many entries are begun with at once: to sign for them takes a thread about a millisecond.
+const AT_A_TIME: usize = 64;
 
 /// The least that it takes to ask the issuer anew. Where no caller is to wait for as long, what is known is the answer.
 const SHORTEST_LOOK: Duration = Duration::from_secs(2);
@@ -187,20 +187,22 @@ impl Charged {
         &self.peer
     }
 
-    /// What `of` gives for each entry, in their order, [`SIDE_BY_SIDE`]; between these others have their turn. Most calls have one
-    /// entry: for these no list of futures is made.
+    /// What `of` gives for each entry, in their order, side by side; [`AT_A_TIME`] are begun with, and then others have their turn.
+    /// Most calls have one entry: for these no list of futures is made.
     pub(super) async fn each<'a, F: Future>(&'a self, of: impl Fn(&'a Arc<Entry>) -> F) -> Vec<F::Output> {
         match self.grant.entries.as_slice() {
             [entry] => vec![of(entry).await],
             entries => {
-                let mut all = Vec::with_capacity(entries.len());
-                for entries in entries.chunks(SIDE_BY_SIDE) {
-                    if !all.is_empty() {
-                        yield_now().await;
+                let in_turn = |(nth, entry)| {
+                    let of_entry = of(entry);
+                    async move {
+                        for _ in 0..nth / AT_A_TIME {
+                            yield_now().await;
+                        }
+                        of_entry.await
                     }
-                    all.extend(join_all(entries.iter().map(&of)).await);
-                }
-                all
+                };
+                join_all(entries.iter().enumerate().map(in_turn)).await
             }
         }
     }

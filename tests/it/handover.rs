@@ -821,6 +821,8 @@ async fn an_agent_that_serves_nobody_leaves_its_place() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_of_a_server_hands_over_to_none_that_does_not_reach_it() {
     let server = FakeSpireServer::start(Face::Right).await;
+    // Its SVIDs are an hour old when it gives them: those of an hour are renewed at once.
+    server.course().ttl = Duration::from_secs(24 * 3600);
     server.course().tokens.insert("once".to_owned());
     server.course().entries.push(spire_server::entry("one"));
     let dir = tempfile::tempdir().unwrap();
@@ -860,7 +862,7 @@ async fn an_agent_of_a_server_hands_over_to_none_that_does_not_reach_it() {
     until("it is kept waiting", dir, || log(dir).contains(SERVES_ON));
     polite.go_on("the old one serves on", dir);
     assert!(!old.has_ended() && !next.has_ended(), "{}", log(dir));
-    assert_eq!(kept(), before, "nothing is written");
+    assert!(kept() == before, "nothing is written: {}", log(dir));
 
     // As soon as it does, the next one takes over.
     server.course().bundles_fail = 0;

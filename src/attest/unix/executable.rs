@@ -10,7 +10,7 @@
 //! mounts is asked since a file of another namespace can be executed too. FUSE is not believed anywhere: setuid
 //! helpers mount it for every user. What only root mounts is believed, an overlay over FUSE included.
 //!
-//! To look for a mount that is in no list takes all of them from end to end, so that is remembered ([`unlisted`]).
+//! To look for a mount that is in no list takes all of them from end to end, so that is remembered ([`unlisted`](super::unlisted)).
 //!
 //! What is not asked: whether the process still does what its executable says. Who may execute a file may also trace
 //! its process or load something into it, or name the file as its own (`PR_SET_MM`).
