@@ -86,20 +86,14 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::{
-        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits},
-        os::clock::Clock,
-        telemetry::registry::Registry,
-    };
+    use crate::limits::{CallerKey, Gate};
 
     /// One call alone on its connection, for whose answer there is no memory, hears that, and not that others are in its way.
     #[tokio::test(start_paused = true)]
     async fn who_finds_no_memory_for_its_answer_hears_so() {
         const MIB: u64 = 1 << 20;
         const LARGE: usize = 314 * 1024;
-        let settings = LimitSettings::default();
-        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-        let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(64 * MIB)).unwrap(), &limits);
+        let gate = Gate::of_defaults(Some(64 * MIB));
         let [asks, hog] = [1, 2].map(|uid| gate.open(CallerKey::Uid(uid)).unwrap());
         hog.holding().hold(61 * MIB);
         let refused = room_in(asks.holding(), LARGE).await.unwrap_err();

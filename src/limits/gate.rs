@@ -833,3 +833,15 @@ impl Drop for ConnectionPermit {
         self.shared.ledger.counters.connections.set(f64::from(state.total));
     }
 }
+
+#[cfg(test)]
+impl Gate {
+    /// One with what holds by default, a thousand descriptors, and this budget.
+    pub(crate) fn of_defaults(budget: Option<u64>) -> Self {
+        use crate::{limits::LimitSettings, os::clock::Clock, telemetry::registry::Registry};
+
+        let settings = LimitSettings::default();
+        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
+        Self::new(GatePlan::new(&settings, 1_000, budget).unwrap(), &limits)
+    }
+}

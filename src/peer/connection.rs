@@ -439,18 +439,12 @@ mod tests {
     use tokio::time::advance;
 
     use super::*;
-    use crate::{
-        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits, room::Short},
-        os::clock::Clock,
-        telemetry::registry::Registry,
-    };
+    use crate::limits::{CallerKey, Gate, room::Short};
 
     #[tokio::test(start_paused = true)]
     async fn one_that_is_over_goes_for_its_descriptor_and_not_for_its_memory() {
         const MIB: u64 = 1 << 20;
-        let settings = LimitSettings::default();
-        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-        let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(64 * MIB)).unwrap(), &limits);
+        let gate = Gate::of_defaults(Some(64 * MIB));
         let one = gate.open(CallerKey::Uid(1)).unwrap();
         let mut gives = Box::pin(gives_its_descriptor(one.holding()));
         assert_eq!((&mut gives).now_or_never(), None, "nobody told it");

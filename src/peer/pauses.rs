@@ -130,18 +130,12 @@ impl Pauses {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits},
-        os::clock::Clock,
-        telemetry::registry::Registry,
-    };
+    use crate::limits::{CallerKey, Gate};
 
     /// Who only ever asks for what is refused is read no more, and has to go in the end; who stops is read again.
     #[tokio::test(start_paused = true)]
     async fn who_only_ever_errs_has_to_go() {
-        let settings = LimitSettings::default();
-        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-        let gate = Gate::new(GatePlan::new(&settings, 1_000, None).unwrap(), &limits);
+        let gate = Gate::of_defaults(None);
         for (case, errs_for, goes) in [("stops", 8, false), ("goes on", 12, true)] {
             let permit = gate.open(CallerKey::Uid(1)).unwrap();
             let pauses = Pauses::new(Arc::clone(permit.holding()));

@@ -136,7 +136,7 @@ pub(super) fn dismiss(stream: &Accepted<StdStream>) {
     let _told = send(stream.as_fd().as_raw_fd(), &word, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
 }
 
-async fn reply<P: Send + 'static>(mut stream: Accepted<UnixStream, P>, block: Vec<u8>) -> io::Result<()> {
+async fn reply(mut stream: Accepted<UnixStream>, block: Vec<u8>) -> io::Result<()> {
     let (mut request, mut settings) = (FirstRequest::default(), frame(SETTINGS, 0, 0, &[]));
     // What is there already is answered by one write: the kernel keeps less of one.
     while request.stream.is_none() && read_at_once(&stream, &mut request)? {}
@@ -165,10 +165,7 @@ async fn reply<P: Send + 'static>(mut stream: Accepted<UnixStream, P>, block: Ve
 }
 
 /// Reads once.
-async fn read<P: Send + 'static>(
-    stream: &Accepted<UnixStream, P>,
-    request: &mut FirstRequest,
-) -> io::Result<()> {
+async fn read(stream: &Accepted<UnixStream>, request: &mut FirstRequest) -> io::Result<()> {
     while !read_at_once(stream, request)? {
         stream.socket().readable().await?;
     }
@@ -176,10 +173,7 @@ async fn read<P: Send + 'static>(
 }
 
 /// Reads once what is there. Returns whether something was.
-fn read_at_once<P: Send + 'static>(
-    stream: &Accepted<UnixStream, P>,
-    request: &mut FirstRequest,
-) -> io::Result<bool> {
+fn read_at_once(stream: &Accepted<UnixStream>, request: &mut FirstRequest) -> io::Result<bool> {
     let tried = stream.socket().try_io(Interest::READABLE, || {
         let mut bytes = [MaybeUninit::uninit(); CHUNK];
         let mut bytes = ReadBuf::uninit(&mut bytes);

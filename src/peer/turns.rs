@@ -574,19 +574,13 @@ mod tests {
     use proptest::{collection::vec, prelude::*, sample::Index};
 
     use super::*;
-    use crate::{
-        limits::{CallerKey, Gate, GatePlan, LimitSettings, Limits},
-        os::clock::Clock,
-        telemetry::registry::Registry,
-    };
+    use crate::limits::{CallerKey, Gate};
 
     /// Where there is memory a request waits for those before it; without, a few are served at a time and the rest refused.
     #[tokio::test]
     async fn nobody_waits_behind_others_without_memory() {
         const BUDGET: u64 = 64 << 20;
-        let settings = LimitSettings::default();
-        let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-        let gate = Gate::new(GatePlan::new(&settings, 1_000, Some(BUDGET)).unwrap(), &limits);
+        let gate = Gate::of_defaults(Some(BUDGET));
         let permit = gate.open(CallerKey::Uid(1)).unwrap();
         permit.holding().hold(HTTP2);
         let (turns, others) =
