@@ -243,7 +243,7 @@ impl Running {
 
 fn connection_bounds(config: &Config, means: gate::Means) -> ConnectionBounds {
     ConnectionBounds {
-        max_lingering: lingering(means.nofile, Some(means.budget(config).bytes)),
+        max_lingering: lingering(means.nofile, means.budget(config).bytes),
         ..ConnectionBounds::new(&config.ratelimit.gate.connection, &config.listener)
     }
 }

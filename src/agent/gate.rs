@@ -11,7 +11,7 @@ use crate::{
     config::Config,
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
-        self, CallerKey, ConnectionPermit, ConnectionRefusal, GatePlan, LimitsInForce,
+        self, CallerKey, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, LimitsInForce,
         beyond_budget::BeyondBudget,
         budget::{BudgetFrom, MemoryBounds, MemoryBudget, MemorySettings},
         gate_plan::NoRoomError,
@@ -118,21 +118,20 @@ impl AcceptGate for AuditedGate {
 }
 
 /// Says when memory or descriptors suffice for fewer callers than should always find some, and what is set and cannot be had.
-pub(super) fn say_what_fits(plan: &GatePlan, in_force: &LimitsInForce, budget: MemoryBudget) {
+pub(super) fn say_what_fits(fitted: &Fitted, in_force: &LimitsInForce) {
     for why in &in_force.wrong {
         tracing::warn!("{why}");
     }
-    if let Some(callers) = plan.fewer_have_descriptors() {
+    if let Some(callers) = fitted.gate.fewer_have_descriptors() {
         tracing::warn!(
             callers,
             "there are few descriptors (LimitNOFILE, or ulimit -n): when they run short, only this many callers that hold nothing \
              are sure to be served, and not 64"
         );
     }
-
-    if let Some(callers) = plan.fewer_fit() {
+    if let Some(callers) = fitted.gate.fewer_fit() {
         tracing::warn!(
-            budget = budget.bytes,
+            budget = fitted.budget.bytes,
             callers,
             "the memory budget is small: when it runs short, only this many callers that hold nothing are sure to be served, and \
              not 64"
@@ -160,7 +159,7 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
 /// [`RoomError`].
 pub fn room_for(config: &Config) -> Result<Vec<String>, RoomError> {
     let means = Means::of_this_process(http_listeners(config));
-    means.plan(config).map(|_| means.in_force(config).wrong)
+    means.fit(config).map(|_| means.in_force(config).wrong)
 }
 
 /// Why the machine has no room for what is set.
@@ -197,6 +196,14 @@ pub(super) fn http_listeners(config: &Config) -> usize {
 /// Where a key is set.
 fn set_at(config: &Config) -> impl Fn(&'static str) -> Option<String> {
     |key| config.set_at.of_key(key).map(ToString::to_string)
+}
+
+/// What fits of what is set.
+#[derive(Debug)]
+pub(super) struct Fitted {
+    pub(super) budget: MemoryBudget,
+    pub(super) limits: LimitSettings,
+    pub(super) gate: GatePlan,
 }
 
 /// What the machine gives this process.
@@ -245,16 +252,17 @@ impl Means {
     ///
     /// # Errors
     /// [`RoomError`].
-    pub(super) fn plan(self, config: &Config) -> Result<GatePlan, RoomError> {
-        let settings = &config.ratelimit;
+    pub(super) fn fit(self, config: &Config) -> Result<Fitted, RoomError> {
         let budget = self.budget(config);
         if let Some(errors) = self.beyond(config, budget) {
             return Err(RoomError::Beyond(errors));
         }
-        GatePlan::new(settings, self.nofile, Some(budget.bytes)).map_err(|why| match why {
+        let limits = config.ratelimit.within(budget.bytes);
+        let gate = GatePlan::new(&limits, self.nofile, budget.bytes).map_err(|why| match why {
             NoRoomError::Descriptors { .. } => RoomError::Descriptors { why, open_files: self.open_files },
             NoRoomError::Memory { .. } => RoomError::Memory(why),
-        })
+        })?;
+        Ok(Fitted { budget, limits, gate })
     }
 
     /// What is set that the budget can never give, each with its place. That it is beyond a budget that nobody chose is

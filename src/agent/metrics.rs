@@ -51,7 +51,7 @@ impl MemoryMetrics {
         let MemoryStanding { budget, held, used, .. } = standing;
         let ChargedMemory { used: cgroup, kernel } = charged.unwrap_or_default();
         for (of, bytes) in [
-            (MemoryOf::Budget, budget.unwrap_or(0)),
+            (MemoryOf::Budget, budget),
             (MemoryOf::Used, used),
             (MemoryOf::Held, held),
             (MemoryOf::Cgroup, cgroup),

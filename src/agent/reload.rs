@@ -75,21 +75,20 @@ impl Replacing {
             set_at: _,
         } = next;
         let Adjustable { parts, connections, log: lines } = &self.adjustable;
-        let budget = parts.means.budget(next);
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
-        let gate_plan = parts.means.plan(next)?;
+        let fitted = parts.means.fit(next)?;
         let in_force = parts.means.in_force(next);
 
-        say_what_fits(&gate_plan, &in_force, budget);
+        say_what_fits(&fitted, &in_force);
         say_whom_to_distrust(next);
         say_what_is_passed_over(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
         let _asked_until_then = parts.attestor.prepare_for(&told.index);
         parts.attestor.wait(ANSWERS_WITHIN);
-        parts.limits.reload(&ratelimit.within(Some(budget.bytes)));
+        parts.limits.reload(&fitted.limits);
         parts.limits_set.set(in_force);
-        parts.gate.reload(gate_plan);
+        parts.gate.reload(fitted.gate);
         connections.send_if_modified(|old| std::mem::replace(old, bounds.clone()) != bounds);
         parts.x509.reconfigure(caches.x509_svids.count(), caches.availability_target);
         parts.jwt.resize(caches.jwt_svids.count());

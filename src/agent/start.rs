@@ -183,8 +183,7 @@ impl PreparedAgent {
         let issuer_series = Arc::new(IssuerMetrics::new(metrics.registry()));
         let store_series = Arc::new(StoreMetrics::new(metrics.registry()));
         let means = Means::of_this_process(http_listeners(config));
-        let budget = means.budget(config);
-        let gate_plan = means.plan(config)?;
+        let fitted = means.fit(config)?;
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
         let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
@@ -196,15 +195,15 @@ impl PreparedAgent {
         attestor.wait(ANSWERS_WITHIN);
         let limits_set = SharedLimits::default();
         let in_force = means.in_force(config);
-        say_what_fits(&gate_plan, &in_force, budget);
+        say_what_fits(&fitted, &in_force);
         limits_set.set(in_force);
         say_whom_to_distrust(config);
         say_what_is_passed_over(config);
         let keys = caller_keys(config);
-        say_where(&keys, in_pod(), budget);
+        say_where(&keys, in_pod(), fitted.budget);
         let surroundings = look_around(&health, &attestor, in_pod() && keys.looks_for_pods());
-        let limits = Limits::new(&config.ratelimit.within(Some(budget.bytes)), clock, metrics.registry());
-        let gate = limits::Gate::new(gate_plan, &limits);
+        let limits = Limits::new(&fitted.limits, clock, metrics.registry());
+        let gate = limits::Gate::new(fitted.gate, &limits);
         Ok(Self {
             clock,
             metrics,

@@ -93,7 +93,7 @@ mod tests {
     async fn who_finds_no_memory_for_its_answer_hears_so() {
         const MIB: u64 = 1 << 20;
         const LARGE: usize = 314 * 1024;
-        let gate = Gate::of_defaults(Some(64 * MIB));
+        let gate = Gate::of_defaults(64 * MIB);
         let [asks, hog] = [1, 2].map(|uid| gate.open(CallerKey::Uid(uid)).unwrap());
         hog.holding().hold(61 * MIB);
         let refused = room_in(asks.holding(), LARGE).await.unwrap_err();

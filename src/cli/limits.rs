@@ -411,9 +411,8 @@ fn heavy_rows(heavy: &pb::Heavy, names: &mut UserNames) -> Vec<[String; 7]> {
 
 /// What is used of the budget.
 fn memory_text(memory: &pb::Memory) -> String {
-    let budget =
-        memory.budget.map_or_else(|| "no budget".to_owned(), |bytes| format!("of {}", mebibytes(bytes)));
-    format!("{} used, {budget}; pressure: {}", mebibytes(memory.used), clean(&memory.pressure))
+    let [used, budget] = [memory.used, memory.budget].map(mebibytes);
+    format!("{used} used, of {budget}; pressure: {}", clean(&memory.pressure))
 }
 
 /// By what it is used.
@@ -510,7 +509,7 @@ mod tests {
             attestations_in_flight: 1,
             memory: Some(pb::Memory {
                 pressure: "none".to_owned(),
-                budget: Some(24 << 20),
+                budget: 24 << 20,
                 resident: Some((7 << 20) + (1 << 19)),
                 used: 9 << 20,
                 held: 1 << 20,

@@ -165,13 +165,8 @@ fn agent_id(out: &mut String, id: &str) {
 }
 
 fn memory(out: &mut String, told: &pb::StatusResponse, memory: &pb::Memory) {
-    let budget = match memory.budget {
-        Some(bytes) => {
-            format!("{} used of {} ({})", mebibytes(memory.used), mebibytes(bytes), told.budget_from)
-        }
-        None => format!("{} used; no budget, as its cgroup has no limit", mebibytes(memory.used)),
-    };
-    row(out, "Memory", &budget);
+    let [used, budget] = [memory.used, memory.budget].map(mebibytes);
+    row(out, "Memory", &format!("{used} used of {budget} ({})", told.budget_from));
     let resident = memory.resident.map_or_else(|| "unknown".to_owned(), mebibytes);
     let pressure = match memory.pressure.as_str() {
         "" | "none" => String::new(),

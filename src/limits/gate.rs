@@ -431,10 +431,10 @@ impl SharedGate {
         let plan = self.plan.load();
         state.bytes.steps = plan.memory;
         state.bytes.whole = plan.budget;
-        state.bytes.spare = plan.budget.map_or(0, budget::spare).saturating_add(plan.admin_bytes());
+        state.bytes.spare = budget::spare(plan.budget).saturating_add(plan.admin_bytes());
         state.bytes.reserved = plan.reserved_bytes();
-        state.bytes.least = plan.budget.unwrap_or(0) / budget::SHARES;
-        state.connections.whole = Some(u64::from(plan.most));
+        state.bytes.least = plan.budget / budget::SHARES;
+        state.connections.whole = u64::from(plan.most);
         state.connections.reserved = u64::from(plan.most - plan.for_anybody());
         state.places.keep(plan.reserve, plan.kept_for_few());
         state.connections.firm = true;
@@ -587,7 +587,6 @@ impl SharedGate {
         {
             return Err(ConnectionRefusal::Descriptors);
         }
-        let Some(budget) = plan.budget else { return Ok((false, place)) };
         let left = state.bytes.left(self.node.bytes());
         let last = state.is_last(plan, self.node.bytes());
         if newcomer {
@@ -601,7 +600,7 @@ impl SharedGate {
             }
         }
         // Half of what is set aside is for those, too, who hold less than anybody's least share.
-        let little = group_bytes < budget / budget::SHARES;
+        let little = group_bytes < plan.budget / budget::SHARES;
         if room.is_short(Short::Memory) && group_bytes >= state.bytes.share() {
             return Err(ConnectionRefusal::Memory);
         }
@@ -651,7 +650,7 @@ impl GateState {
 
     /// Whether nothing is left beside what is set aside.
     fn is_last(&self, plan: &GatePlan, held: u64) -> bool {
-        plan.budget.is_some() && self.bytes.left(held) < plan.reserved_bytes() + budget::NEWCOMER
+        self.bytes.left(held) < plan.reserved_bytes() + budget::NEWCOMER
     }
 
     /// Places that are taken, but for those of connections that are being closed for others.
@@ -837,7 +836,7 @@ impl Drop for ConnectionPermit {
 #[cfg(test)]
 impl Gate {
     /// One with what holds by default, a thousand descriptors, and this budget.
-    pub(crate) fn of_defaults(budget: Option<u64>) -> Self {
+    pub(crate) fn of_defaults(budget: u64) -> Self {
         use crate::{limits::LimitSettings, os::clock::Clock, telemetry::registry::Registry};
 
         let settings = LimitSettings::default();

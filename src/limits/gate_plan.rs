@@ -26,10 +26,8 @@ const FEW_SHARE: u32 = 4;
 const FAMILY_SHARE: u32 = 4;
 
 /// How many refused connections may linger in a process that may have `nofile` descriptors and `budget` bytes.
-pub fn lingering(nofile: u64, budget: Option<u64>) -> u32 {
-    let in_memory = budget.map_or(u64::MAX, |budget| {
-        (budget / LINGERING_SHARE).saturating_sub(budget::REPLIES_AT_MOST) / budget::LINGERING
-    });
+pub fn lingering(nofile: u64, budget: u64) -> u32 {
+    let in_memory = (budget / LINGERING_SHARE).saturating_sub(budget::REPLIES_AT_MOST) / budget::LINGERING;
     u32::try_from((nofile / 8).min(LINGERING).min(in_memory)).unwrap_or(0)
 }
 
@@ -67,9 +65,8 @@ pub enum NoRoomError {
 const MEMORY_SHARE: u64 = 2;
 
 /// For how many callers that hold nothing memory can be set aside.
-pub(super) fn newcomers_within(budget: Option<u64>) -> u32 {
-    let fit = budget.map_or(u64::MAX, |budget| budget / budget::RESERVED_SHARE / budget::NEWCOMER);
-    u32::try_from(fit).unwrap_or(u32::MAX)
+pub(super) fn newcomers_within(budget: u64) -> u32 {
+    u32::try_from(budget / budget::RESERVED_SHARE / budget::NEWCOMER).unwrap_or(u32::MAX)
 }
 
 /// The smallest memory budget for connections with so many streams: it has room for the fewest that there may be.
@@ -92,7 +89,7 @@ pub struct GatePlan {
     asked_reserve: u32,
     pub(super) admin: u32,
     /// Bytes.
-    pub(super) budget: Option<u64>,
+    pub(super) budget: u64,
     pub(super) memory: MemorySettings,
     /// Of the processor.
     pub(super) cpu: ProcessorShare,
@@ -104,11 +101,12 @@ pub struct GatePlan {
 }
 
 impl GatePlan {
-    /// A plan for a process that may have `nofile` descriptors and `budget` bytes.
+    /// A plan for a process that may have `nofile` descriptors and `budget` bytes, which the settings are
+    /// [within](LimitSettings::within).
     ///
     /// # Errors
     /// [`NoRoomError`] when these do not suffice.
-    pub fn new(settings: &LimitSettings, nofile: u64, budget: Option<u64>) -> Result<Self, NoRoomError> {
+    pub fn new(settings: &LimitSettings, nofile: u64, budget: u64) -> Result<Self, NoRoomError> {
         let gate = &settings.gate;
         let linger = if gate.connection.linger.is_zero() { 0 } else { lingering(nofile, budget) };
         let other =
@@ -122,7 +120,7 @@ impl GatePlan {
         }
         let each = budget::connection_at_most(gate.connection.streams);
         let needed = fewest_take(gate.connection.streams);
-        if let Some(budget) = budget.filter(|budget| *budget < needed) {
+        if budget < needed {
             return Err(NoRoomError::Memory { budget, each, needed });
         }
         let most = set.unwrap_or_else(|| u32::try_from(fit).unwrap_or(u32::MAX));
@@ -136,7 +134,7 @@ impl GatePlan {
             budget,
             memory: settings.memory,
             cpu: settings.node.cpu,
-            keys: settings.keys.within(budget),
+            keys: settings.keys,
             families: settings.families.clone(),
             soft: settings.soft_limits,
             dry: settings.dry_run,

@@ -35,8 +35,7 @@ pub struct SharesNow {
 /// How memory stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryStanding {
-    /// `None` for no bound.
-    pub budget: Option<u64>,
+    pub budget: u64,
     /// Bytes that connections hold.
     pub held: u64,
     /// Bytes that are used in all.

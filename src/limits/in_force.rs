@@ -59,8 +59,7 @@ impl LimitSettings {
                 "ratelimit.memory.limit is {set} bytes, above the {cgroup} of the agent's cgroup, which count"
             )
         });
-        let mut wrong: Vec<String> =
-            above.into_iter().chain(self.reserve_beyond(Some(budget.bytes))).collect();
+        let mut wrong: Vec<String> = above.into_iter().chain(self.reserve_beyond(budget.bytes)).collect();
         // Of a budget that somebody set, or of a cgroup, it is an error.
         if budget.from == BudgetFrom::Machine {
             let beyond = self.beyond(budget.bytes, "the budget, a part of the machine's memory,", set_at);
@@ -78,7 +77,7 @@ impl LimitSettings {
     }
 
     /// Says how many of the callers of a reserve that somebody set are kept places for, where that is not all of them.
-    fn reserve_beyond(&self, budget: Option<u64>) -> Option<String> {
+    fn reserve_beyond(&self, budget: u64) -> Option<String> {
         let places = self.gate.places;
         let reserve = places.reserve();
         let of_connections = places.connections().map_or(reserve, |all| places.reserve_of(all));

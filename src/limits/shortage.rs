@@ -11,8 +11,8 @@ use super::budget::{MemorySettings, Pressure};
 pub(super) struct Shortage {
     /// When it is short, in percent.
     pub(super) steps: MemorySettings,
-    /// What there is; `None` for no bound.
-    pub(super) whole: Option<u64>,
+    /// What there is.
+    pub(super) whole: u64,
     /// What is taken by other things than connections.
     pub(super) other: u64,
     /// What of it is for nobody.
@@ -66,10 +66,9 @@ impl Shortage {
 
     /// From where on it is to be looked at again, by what is held.
     pub(super) fn look_from(&self) -> u64 {
-        let Some(whole) = self.whole else { return u64::MAX };
         let line = self.bounds().0;
         if self.is_short() {
-            self.looked_at.saturating_sub(self.other).saturating_add(whole / STEP).max(line)
+            self.looked_at.saturating_sub(self.other).saturating_add(self.whole / STEP).max(line)
         } else {
             line
         }
@@ -106,7 +105,7 @@ impl Shortage {
     /// free again. A crowd of which nobody does is not closed for that: who is closed comes back, and takes more than it gave. Of what
     /// others cannot take at all, they are told so at the latest when all else is taken.
     fn lines(&self, step: Pressure) -> (u64, u64) {
-        let Some(whole) = self.whole else { return (u64::MAX, u64::MAX) };
+        let whole = self.whole;
         let (from, below) = self.steps.lines(step, whole);
         if self.firm {
             let end = whole.saturating_sub(self.reserved);
@@ -156,8 +155,7 @@ impl Shortage {
 
     /// What is left of what is there for anybody, where connections hold `held`.
     pub(super) fn left(&self, held: u64) -> u64 {
-        let whole = self.whole.unwrap_or(u64::MAX);
-        whole.saturating_sub(self.spare).saturating_sub(self.used(held))
+        self.whole.saturating_sub(self.spare).saturating_sub(self.used(held))
     }
 
     /// What connections hold when only those grow who have no more than their share, when only those do who have less than the
@@ -165,9 +163,8 @@ impl Shortage {
     /// of it is for the third. The first comes before it by as much: of a crowd that comes at once, those who leave take more
     /// for a moment than they hold, and who was served would be told to go for that.
     pub(super) fn last_bounds(&self) -> [u64; 4] {
-        let Some(whole) = self.whole else { return [u64::MAX; 4] };
-        let line = |step| self.steps.lines(step, whole).0;
-        let end = whole.saturating_sub(self.spare);
+        let line = |step| self.steps.lines(step, self.whole).0;
+        let end = self.whole.saturating_sub(self.spare);
         let tight = end.saturating_sub(self.reserved).min(line(Pressure::RefuseNew));
         let full = end.saturating_sub(self.reserved / 2).min(line(Pressure::CloseHeaviest));
         let short_from = line(Pressure::ShrinkCaches).min(tight);
@@ -200,7 +197,7 @@ mod tests {
     use crate::limits::{accounts::level, budget::MemorySteps};
 
     fn shortage(other: u64) -> Shortage {
-        Shortage { whole: Some(1000), other, least: 20, ..Shortage::default() }
+        Shortage { whole: 1000, other, least: 20, ..Shortage::default() }
     }
 
     #[test]
@@ -240,7 +237,7 @@ mod tests {
             (1_000, 0, (700, 650), (850, 800), (950, 900)),
         ] {
             let least = 8.min(whole / 2);
-            let mut it = Shortage { whole: Some(whole), reserved, least, firm: true, ..Shortage::default() };
+            let mut it = Shortage { whole, reserved, least, firm: true, ..Shortage::default() };
             let steps = [Pressure::ShrinkCaches, Pressure::RefuseNew, Pressure::CloseHeaviest];
             assert_eq!(steps.map(|step| it.lines(step)), [short, told, closed], "{whole}, {reserved}");
             it.look(whole, |_| 0);
@@ -271,7 +268,7 @@ mod tests {
 
     /// The step that `used` of a hundred MiB reaches, after `before`.
     fn step(before: Pressure, used: u64) -> Pressure {
-        let whole = Some(100 << 20);
+        let whole = 100 << 20;
         let mut it = Shortage { whole, pressure: before, ..Shortage::default() };
         it.look(used, |_| 0);
         it.pressure()
@@ -291,7 +288,7 @@ mod tests {
         ] {
             assert_eq!(step(Pressure::None, used), want, "{used}");
         }
-        let mut none = Shortage { whole: Some(0), ..Shortage::default() };
+        let mut none = Shortage { whole: 0, ..Shortage::default() };
         none.look(1, |_| 0);
         assert_eq!(none.pressure(), Pressure::CloseHeaviest, "no budget at all is used up");
         assert!(
@@ -357,7 +354,6 @@ mod tests {
         assert_eq!(shortage(100).bounds(), (600, 550));
         assert_eq!(shortage(690).bounds(), (10, 0));
         assert_eq!(shortage(2000).bounds(), (0, 0));
-        assert_eq!(Shortage::default().bounds(), (u64::MAX, u64::MAX), "no budget");
     }
 
     #[test]
@@ -372,9 +368,5 @@ mod tests {
             assert_eq!(it.last_bounds(), last, "{case}");
             assert_eq!(it.left(500), 400_u64.saturating_sub(spare), "{case}");
         }
-        assert_eq!(
-            (Shortage::default().last_bounds(), Shortage::default().left(1)),
-            ([u64::MAX; 4], u64::MAX - 1)
-        );
     }
 }

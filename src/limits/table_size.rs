@@ -37,8 +37,8 @@ impl TableSize {
     }
 
     /// The same, or as many as fit the budget.
-    pub(super) fn within(self, budget: Option<u64>) -> Self {
-        budget.map_or(self, |budget| Self(self.0.min(Self::most_within(budget))))
+    pub(super) fn within(self, budget: u64) -> Self {
+        Self(self.0.min(Self::most_within(budget)))
     }
 
     /// As it is set.

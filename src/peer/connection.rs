@@ -444,7 +444,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_that_is_over_goes_for_its_descriptor_and_not_for_its_memory() {
         const MIB: u64 = 1 << 20;
-        let gate = Gate::of_defaults(Some(64 * MIB));
+        let gate = Gate::of_defaults(64 * MIB);
         let one = gate.open(CallerKey::Uid(1)).unwrap();
         let mut gives = Box::pin(gives_its_descriptor(one.holding()));
         assert_eq!((&mut gives).now_or_never(), None, "nobody told it");

@@ -135,7 +135,7 @@ mod tests {
     /// Who only ever asks for what is refused is read no more, and has to go in the end; who stops is read again.
     #[tokio::test(start_paused = true)]
     async fn who_only_ever_errs_has_to_go() {
-        let gate = Gate::of_defaults(None);
+        let gate = Gate::of_defaults(64 << 20);
         for (case, errs_for, goes) in [("stops", 8, false), ("goes on", 12, true)] {
             let permit = gate.open(CallerKey::Uid(1)).unwrap();
             let pauses = Pauses::new(Arc::clone(permit.holding()));

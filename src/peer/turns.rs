@@ -580,7 +580,7 @@ mod tests {
     #[tokio::test]
     async fn nobody_waits_behind_others_without_memory() {
         const BUDGET: u64 = 64 << 20;
-        let gate = Gate::of_defaults(Some(BUDGET));
+        let gate = Gate::of_defaults(BUDGET);
         let permit = gate.open(CallerKey::Uid(1)).unwrap();
         permit.holding().hold(HTTP2);
         let (turns, others) =

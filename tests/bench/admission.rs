@@ -222,7 +222,7 @@ fn main() {
         });
     }
 
-    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, 1 << 30).unwrap(), &limits);
     for at in &all {
         drop(gate.open(Uid(*at).caller_key()));
     }

@@ -69,7 +69,7 @@ fn answering_process() {
     };
     let registry = Registry::new(&metrics::NoopRecorder);
     let limits = Limits::new(&settings, durward::os::clock::Clock::SYSTEM, registry);
-    let gate = Gate::new(GatePlan::new(&settings, 20_000, None).expect("a plan"), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 20_000, 1 << 30).expect("a plan"), &limits);
     durward::agent::runtime().expect("a runtime").block_on(async {
         let listener = UnixListener::bind(dir.join("api.sock")).expect("a socket");
         let open = Arc::new(AtomicU32::new(0));

@@ -254,7 +254,7 @@ fn check_config(text: &str, drop_in: &str, expand_env: ExpandEnv<'_>) {
             ];
             assert!(paths.into_iter().flatten().all(|path| path.is_absolute()));
             assert!(diff(config, config).is_empty());
-            let plan = GatePlan::new(&config.ratelimit, 1 << 30, None);
+            let plan = GatePlan::new(&config.ratelimit, 1 << 30, 1 << 30);
             assert!(plan.is_ok(), "what is read can be put in force: {plan:?}");
             let mut patterns = config.ratelimit.identity.overrides.patterns();
             assert!(patterns.all(|pattern| pattern.trust_domain() == own), "all can match");

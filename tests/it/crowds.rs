@@ -38,7 +38,7 @@ fn gate(nofile: u64) -> Gate {
 
 fn gate_by(settings: &LimitSettings, nofile: u64) -> Gate {
     let limits = Limits::new(settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-    Gate::new(GatePlan::new(settings, nofile, None).unwrap(), &limits)
+    Gate::new(GatePlan::new(settings, nofile, 1 << 30).unwrap(), &limits)
 }
 
 fn notice(permit: &ConnectionPermit) -> Option<Notice> {

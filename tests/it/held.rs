@@ -60,7 +60,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(budget: Option<u64>) -> Self {
+    fn new(budget: u64) -> Self {
         let settings = LimitSettings::default();
         let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
         let gate = Gate::new(GatePlan::new(&settings, 20_000, budget).unwrap(), &limits);
@@ -218,11 +218,11 @@ struct Server {
 impl Server {
     /// With room for 100 streams on each connection.
     fn start() -> Self {
-        Self::within(None)
+        Self::within(1 << 30)
     }
 
     /// The same, with so much memory.
-    fn within(budget: Option<u64>) -> Self {
+    fn within(budget: u64) -> Self {
         let bounds = ConnectionBounds { max_concurrent_streams: 100, ..ConnectionBounds::default() };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
@@ -328,7 +328,7 @@ async fn what_a_connection_holds_is_told_and_given_back() {
 #[tokio::test]
 async fn who_finds_no_memory_for_its_first_byte_hears_why() {
     const CROWD: u32 = 12;
-    let server = Server::within(Some(64 << 20));
+    let server = Server::within(64 << 20);
     let gate = &server.keeper.gate;
     let mut crowd = Vec::new();
     for nth in 0..CROWD {

@@ -435,7 +435,7 @@ async fn a_rehearsal_at_the_gate_takes_no_places_of_others() {
         places: places(100, 10),
         ..GateSettings::default()
     };
-    let gate = gate_within(settings, Some(24 << 20));
+    let gate = gate_within(settings, 24 << 20);
     let mut held: Vec<ConnectionPermit> = std::iter::from_fn(|| gate.open(CallerKey::Uid(9)).ok()).collect();
     assert_eq!(held.len(), 70, "its own limits are rehearsed, and the reserve is not its own");
     let others: Vec<ConnectionPermit> =
@@ -457,7 +457,7 @@ async fn a_user_with_subordinate_uids_is_one() {
         ..LimitSettings::default()
     };
     let limits = limits(&settings);
-    let gate = Gate::new(GatePlan::new(&settings, 20_000, None).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 20_000, AMPLE).unwrap(), &limits);
     let held: Vec<ConnectionPermit> =
         (100_000..100_200).filter_map(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(held.len(), 70, "while there is room");
@@ -865,21 +865,21 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
             "descriptors",
             &with(places(100, 10), 16),
             100,
-            None,
+            AMPLE,
             NoRoomError::Descriptors { connections: 100, needed: 80 + 12 + 16 + 200, limit: 100 },
         ),
         (
             "descriptors for two",
             &usual,
             80,
-            Some(24 << 20),
+            24 << 20,
             NoRoomError::Descriptors { connections: 2, needed: 80 + 10 + 16 + 4, limit: 80 },
         ),
         (
             "memory",
             &usual,
             20_000,
-            Some(500_000),
+            500_000,
             NoRoomError::Memory {
                 budget: 500_000,
                 each: connection_at_most(16),
@@ -890,7 +890,7 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
             "memory, many streams",
             &many_streams,
             20_000,
-            Some(8 << 20),
+            8 << 20,
             NoRoomError::Memory {
                 budget: 8 << 20,
                 each: connection_at_most(1024),
@@ -901,11 +901,11 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
         let err = GatePlan::new(settings, nofile, budget).unwrap_err();
         assert_eq!(err, want, "{case}");
         if let NoRoomError::Memory { needed, .. } = err {
-            assert!(GatePlan::new(settings, nofile, Some(needed)).is_ok(), "{case}: what is told would do");
-            assert!(GatePlan::new(settings, nofile, Some(needed - 1)).is_err(), "{case}: and no less");
+            assert!(GatePlan::new(settings, nofile, needed).is_ok(), "{case}: what is told would do");
+            assert!(GatePlan::new(settings, nofile, needed - 1).is_err(), "{case}: and no less");
         }
     }
-    let said = GatePlan::new(&usual, 20_000, Some(500_000)).unwrap_err().to_string();
+    let said = GatePlan::new(&usual, 20_000, 500_000).unwrap_err().to_string();
     let each = connection_at_most(16);
     let want = format!(
         "memory: a budget of 500000 bytes is too small for 2 connections of {each} bytes at their worst: it must be at \
@@ -916,11 +916,14 @@ fn settings_that_the_machine_has_no_room_for_are_errors() {
 }
 
 fn gate(gate: GateSettings) -> Gate {
-    gate_within(gate, None)
+    gate_within(gate, AMPLE)
 }
 
+/// A budget that nothing a test holds comes near.
+const AMPLE: u64 = 1 << 30;
+
 /// One with a budget of memory.
-fn gate_within(gate: GateSettings, budget: Option<u64>) -> Gate {
+fn gate_within(gate: GateSettings, budget: u64) -> Gate {
     let settings = LimitSettings { gate, ..open() };
     Gate::new(GatePlan::new(&settings, 1 << 20, budget).unwrap(), &limits(&settings))
 }
@@ -987,7 +990,7 @@ async fn the_gate_asks_the_caller_first() {
 #[tokio::test(start_paused = true)]
 async fn short_memory_stops_those_who_hold_their_share_and_nobody_else() {
     let rules = rules(gate_rule(50, Limit::Unlimited));
-    let gate = gate_within(GateSettings { rules, ..GateSettings::default() }, Some(100 << 20));
+    let gate = gate_within(GateSettings { rules, ..GateSettings::default() }, 100 << 20);
     let [one, two, new] = [1, 2, 3].map(CallerKey::Uid);
     let held: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(one).unwrap()).collect();
     let few: Vec<ConnectionPermit> = (0..2).map(|_| gate.open(two).unwrap()).collect();
@@ -1019,7 +1022,7 @@ async fn short_memory_stops_those_who_hold_their_share_and_nobody_else() {
 /// For so many that hold nothing there is memory whatever others hold; not for more at once, nor for ever.
 #[tokio::test(start_paused = true)]
 async fn memory_is_set_aside_for_callers_that_hold_nothing() {
-    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let gate = gate_within(GateSettings::default(), 64 << 20);
     let hog: Vec<ConnectionPermit> = (0..3).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
     hog[0].holding().hold(70 << 20);
     assert_eq!(gate.open(CallerKey::Uid(1)).err(), Some(ConnectionRefusal::Memory), "at once");
@@ -1040,7 +1043,7 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
 /// A place that is set aside is lent: those who come later have it after two seconds, and nobody has two while few are left.
 #[tokio::test(start_paused = true)]
 async fn what_is_set_aside_is_lent_for_a_moment() {
-    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let gate = gate_within(GateSettings::default(), 64 << 20);
     let hog = gate.open(CallerKey::Uid(1)).unwrap();
     hog.holding().hold(70 << 20);
     let open = |uid| gate.open(CallerKey::Uid(uid));
@@ -1073,7 +1076,7 @@ async fn what_is_set_aside_is_lent_for_a_moment() {
 /// holds a stream there gets a connection for each call.
 #[tokio::test(start_paused = true)]
 async fn who_holds_a_stream_on_what_is_set_aside_gets_a_second_connection() {
-    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let gate = gate_within(GateSettings::default(), 24 << 20);
     let speaks = |uid| {
         let permit = gate.open(CallerKey::Uid(uid)).unwrap();
         assert!(permit.holding().try_hold(HTTP2), "{uid}");
@@ -1107,7 +1110,7 @@ async fn who_holds_a_stream_on_what_is_set_aside_gets_a_second_connection() {
 /// One connection is no worse than two: who holds little has half of the memory that is set aside, whoever has its places.
 #[tokio::test(start_paused = true)]
 async fn who_holds_one_connection_gets_a_second_where_silent_callers_have_the_places() {
-    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let gate = gate_within(GateSettings::default(), 24 << 20);
     let hog: Vec<ConnectionPermit> = (0..20).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
     hog.iter().for_each(|permit| permit.holding().hold(946 << 10));
     let _silent: Vec<ConnectionPermit> =
@@ -1124,7 +1127,7 @@ async fn who_holds_one_connection_gets_a_second_where_silent_callers_have_the_pl
 /// Those who hold most may rest where nobody is told to go: they go as soon as one below its share is refused for it.
 #[tokio::test(start_paused = true)]
 async fn who_is_refused_for_what_others_hold_makes_them_go() {
-    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let gate = gate_within(GateSettings::default(), 24 << 20);
     let hog: Vec<ConnectionPermit> = (0..20).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
     hog.iter().for_each(|permit| permit.holding().hold(940 << 10));
     let open = |uid| gate.open(CallerKey::Uid(uid));
@@ -1156,7 +1159,7 @@ async fn who_is_refused_for_what_others_hold_makes_them_go() {
 async fn who_is_above_its_share_by_a_part_of_a_connection_gives_one_up() {
     const MIB: u64 = 1 << 20;
     for keeps in [false, true] {
-        let gate = gate_within(GateSettings::default(), Some(24 << 20));
+        let gate = gate_within(GateSettings::default(), 24 << 20);
         gate.look(None, 4 * MIB);
         let polite: Vec<ConnectionPermit> = (0..12).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
         polite.iter().for_each(|permit| permit.holding().hold(HTTP2));
@@ -1200,7 +1203,7 @@ async fn who_is_above_its_share_by_a_part_of_a_connection_gives_one_up() {
 /// Who was let in while there was room, and speaks when there is next to none.
 #[tokio::test(start_paused = true)]
 async fn who_begins_to_speak_finds_room_up_to_the_end() {
-    let gate = gate_within(GateSettings::default(), Some(64 << 20));
+    let gate = gate_within(GateSettings::default(), 64 << 20);
     let [hog, first, second] = [1, 2, 3].map(|uid| gate.open(CallerKey::Uid(uid)).unwrap());
     hog.holding().hold(60 << 20);
     gate.look(None, 0);
@@ -1217,7 +1220,7 @@ async fn who_begins_to_speak_finds_room_up_to_the_end() {
 async fn memory_for_admin_connections_is_no_callers() {
     const MIB: u64 = 1 << 20;
     let fits = |admin: u32, open: u32| {
-        let gate = gate_within(GateSettings { admin, ..GateSettings::default() }, Some(24 * MIB));
+        let gate = gate_within(GateSettings { admin, ..GateSettings::default() }, 24 * MIB);
         let _admins: Vec<ConnectionPermit> = (0..open).map(|_| gate.open_admin().unwrap()).collect();
         gate.look(Some(4 * MIB + u64::from(open) * ADMIN_CONNECTION), 4 * MIB);
         let hog = gate.open(CallerKey::Uid(1)).unwrap();
@@ -1270,7 +1273,7 @@ async fn who_has_no_bucket_of_its_own_sees_what_it_shares() {
         ..open()
     };
     let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
-    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits);
     // Of one range, as only one user could make them.
     let mut last = None;
     for uid in 100_000..100_040 {
@@ -1323,7 +1326,7 @@ async fn who_finds_no_memory_to_begin_is_refused_by_name() {
         ..open()
     };
     let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
-    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, Some(64 << 20)).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, 64 << 20).unwrap(), &limits);
     let [hog, polite] = [1, 2].map(CallerKey::Uid);
     let (large, small) = (gate.open(hog).unwrap(), gate.open(polite).unwrap());
     large.holding().hold(61 << 20);
@@ -1357,7 +1360,7 @@ async fn who_finds_no_memory_to_begin_is_refused_by_name() {
 async fn a_family_is_named_as_one() {
     let families = Families::parse("somebody:100000:65536\n", |_| None);
     let settings = LimitSettings { families, ..open() };
-    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, Some(24 << 20)).unwrap(), &limits(&settings));
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, 24 << 20).unwrap(), &limits(&settings));
     let open = |uid| gate.open(CallerKey::Uid(uid));
     let of_family: Vec<ConnectionPermit> = (100_001..100_301).map(|uid| open(uid).unwrap()).collect();
     of_family.iter().for_each(|permit| permit.holding().hold(50 << 10));
@@ -1380,7 +1383,7 @@ async fn a_family_is_named_as_one() {
 /// The neighbour with seven connections is not told for what five of another hold; and nobody is, while there is room.
 #[tokio::test(start_paused = true)]
 async fn who_holds_most_bytes_is_told_to_go_newest_first() {
-    let gate = gate_within(GateSettings::default(), Some(24 << 20));
+    let gate = gate_within(GateSettings::default(), 24 << 20);
     let [neighbour, heavy] = [1, 2].map(CallerKey::Uid);
     let idle: Vec<ConnectionPermit> = (0..7).map(|_| gate.open(neighbour).unwrap()).collect();
     let full: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(heavy).unwrap()).collect();
@@ -1414,7 +1417,7 @@ fn notice(permit: &ConnectionPermit) -> Option<Notice> {
 async fn what_nobody_set_binds_without_room_alone() {
     let settings = LimitSettings::default();
     let limits = limits(&settings);
-    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits);
     let caller = CallerKey::Uid(1);
     let held: Vec<ConnectionPermit> = (0..1_000).map_while(|_| gate.open(caller).ok()).collect();
     assert_eq!(held.len(), 1_000);
@@ -1450,7 +1453,7 @@ async fn a_connection_that_came_in_time_comes_with_its_first_call() {
             ..LimitSettings::default()
         };
         let limits = limits(&settings);
-        let gate = Gate::new(GatePlan::new(&settings, 1 << 20, None).unwrap(), &limits);
+        let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits);
         short.iter().for_each(|short| limits.room().set(*short, true));
         let one = gate.open(CallerKey::Uid(1)).unwrap();
         let calls = [(); 3].map(|()| one.holding().begins_call());
@@ -1464,7 +1467,7 @@ async fn a_connection_that_came_in_time_comes_with_its_first_call() {
 async fn who_finds_no_memory_when_it_speaks_is_refused_for_what_is_held() {
     let settings = LimitSettings::default();
     let limits = limits(&settings);
-    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, Some(24 << 20)).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, 24 << 20).unwrap(), &limits);
     let (heavy, light) = (CallerKey::Uid(1), CallerKey::Uid(2));
     let crowd: Vec<_> = (0..1_000).map_while(|_| gate.open(heavy).ok()).collect();
     let other = gate.open(light).unwrap();
@@ -1569,7 +1572,7 @@ async fn each_refusal_counts_for_its_caller() {
 async fn places_of_those_who_do_not_go_are_taken_from_them() {
     for nofile in [256, 600, 1024, 2224, 20_000] {
         let settings = LimitSettings::default();
-        let gate = Gate::new(GatePlan::new(&settings, nofile, None).unwrap(), &limits(&settings));
+        let gate = Gate::new(GatePlan::new(&settings, nofile, AMPLE).unwrap(), &limits(&settings));
         let open = |uid| gate.open(CallerKey::Uid(uid));
         // The first has all that it may before the second comes.
         let mut hogs: Vec<ConnectionPermit> =
@@ -1596,7 +1599,7 @@ async fn places_of_those_who_do_not_go_are_taken_from_them() {
 #[tokio::test(start_paused = true)]
 async fn a_crowd_without_places_is_not_closed_as_a_whole() {
     let settings = LimitSettings::default();
-    let gate = Gate::new(GatePlan::new(&settings, 1024, None).unwrap(), &limits(&settings));
+    let gate = Gate::new(GatePlan::new(&settings, 1024, AMPLE).unwrap(), &limits(&settings));
     let polite: Vec<ConnectionPermit> = (0..5).map(|_| gate.open(CallerKey::Uid(1)).unwrap()).collect();
     let mut crowd: Vec<ConnectionPermit> =
         (100..).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
@@ -1661,9 +1664,8 @@ fn one_connection_is_as_good_as_none_for_the_reserve() {
 fn descriptors_and_memory_bound_the_connections() {
     let settings = open();
     for (case, nofile, budget, most) in [
-        ("descriptors, but for those with a few", 1024, None, 400 - 16),
-        ("descriptors, with linger less", 1024, Some(1 << 30), 400 - 16),
-        ("memory", 1 << 20, Some(24 << 20), 3_215),
+        ("descriptors, but for those with a few", 1024, AMPLE, 400 - 16),
+        ("memory", 1 << 20, 24 << 20, 3_215),
     ] {
         let settings = LimitSettings {
             gate: GateSettings { rules: rules(gate_rule(5000, Limit::Unlimited)), ..settings.gate.clone() },
@@ -1689,7 +1691,7 @@ proptest! {
         const OTHER: u64 = 3 << 20;
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         runtime.enable_time().start_paused(true).build().unwrap().block_on(async {
-            let gate = gate_within(GateSettings::default(), Some(24 << 20));
+            let gate = gate_within(GateSettings::default(), 24 << 20);
             gate.look(None, OTHER);
             let polite: Vec<ConnectionPermit> =
                 (0..12).map(|_| gate.open(CallerKey::Uid(99)).unwrap()).collect();

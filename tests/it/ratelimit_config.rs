@@ -864,7 +864,7 @@ proptest::proptest! {
     ) {
         let inner: Vec<String> = settings.iter().map(|(key, value)| format!("{key} = {value}")).collect();
         if let Ok(settings) = self::settings(&block.replace('@', &inner.join(" "))) {
-            let plan = GatePlan::new(&settings, 1 << 30, None);
+            let plan = GatePlan::new(&settings, 1 << 30, 1 << 30);
             proptest::prop_assert!(plan.is_ok(), "{plan:?}");
             let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
             drop(Gate::new(plan.unwrap(), &limits));

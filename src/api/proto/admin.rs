@@ -146,9 +146,9 @@ pub struct Memory {
     /// none, shrink_caches, refuse_new or close_heaviest.
     #[prost(string, tag = "1")]
     pub pressure: ::prost::alloc::string::String,
-    /// Bytes; absent when there is no budget.
-    #[prost(uint64, optional, tag = "2")]
-    pub budget: ::core::option::Option<u64>,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub budget: u64,
     /// The resident set, in bytes; absent when /proc does not say.
     #[prost(uint64, optional, tag = "3")]
     pub resident: ::core::option::Option<u64>,
@@ -361,7 +361,7 @@ pub struct StatusResponse {
     /// Limits that somebody set, one a line, in words; at most 33.
     #[prost(string, repeated, tag = "16")]
     pub limits_set: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// Where the memory budget comes from, in words; empty where there is none.
+    /// Where the memory budget comes from, in words.
     #[prost(string, tag = "17")]
     pub budget_from: ::prost::alloc::string::String,
     /// Thousandths of a core that the agent may use before default limits bind.

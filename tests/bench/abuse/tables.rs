@@ -22,7 +22,7 @@ impl Caller for Key {
 /// second.
 pub(crate) fn table(callers: u64) {
     let limits = Limits::default();
-    let plan = GatePlan::new(&LimitSettings::default(), 20_000, None).expect("a plan");
+    let plan = GatePlan::new(&LimitSettings::default(), 20_000, 1 << 30).expect("a plan");
     let gate = Gate::new(plan, &limits);
     let resident = || {
         let text = fs::read_to_string("/proc/self/statm").expect("its memory");
