@@ -12,7 +12,7 @@ use crate::{
     identity::{Bundle, Entry},
     limits::{
         holding::{AnswerInTheMaking, Holding},
-        patience::FOR_TOKENS,
+        patience::FOR_ROOM,
     },
     peer::Peer,
     store::Snapshot,
@@ -44,7 +44,7 @@ pub(super) async fn room_for(answer: usize, peer: &Peer) -> Result<Option<Answer
 
 async fn room_in(holding: &Arc<Holding>, answer: usize) -> Result<AnswerInTheMaking, RequestError> {
     let bytes = u64::try_from(answer.saturating_mul(COPIES)).unwrap_or(u64::MAX);
-    let until = Instant::now() + FOR_TOKENS;
+    let until = Instant::now() + FOR_ROOM;
     loop {
         match holding.try_make(bytes) {
             None if Instant::now() >= until => return Err(RequestError::NoMemory),
@@ -105,8 +105,8 @@ mod tests {
         );
         assert!(told.metadata().contains_key(crate::peer::PUSHBACK));
         let waits = room_in(asks.holding(), LARGE);
-        let (made, ()) = tokio::join!(timeout(FOR_TOKENS, waits), async {
-            sleep(FOR_TOKENS / 2).await;
+        let (made, ()) = tokio::join!(timeout(FOR_ROOM, waits), async {
+            sleep(FOR_ROOM / 2).await;
             hog.holding().release(61 * MIB);
         });
         assert!(made.unwrap().is_ok(), "as soon as there is some");

@@ -19,7 +19,7 @@ use super::{
     identity_stage::IdentityCall,
     ledger::{Attempt, CallPlan, CallToSpare, Ledger, LimitNow, Question, Scarcity},
     method::Method,
-    patience::{FOR_TOKENS, Patience},
+    patience::{FOR_ROOM, Patience},
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
@@ -438,7 +438,7 @@ impl Ledger {
         let lack = Scarcity {
             charged_as: ChargedAs::Node,
             reason: Reason::Memory,
-            retry_after: FOR_TOKENS,
+            retry_after: FOR_ROOM,
             origin: Origin::ByDefault,
         };
         // What it holds it holds with its family.

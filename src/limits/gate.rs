@@ -37,6 +37,7 @@ use super::{
     ledger::{Ledger, PARENT_PARTS},
     lent_places::{KeptFor, LENT_FOR, LentPlace, LentPlaces, Vacancy},
     out_of_room::OutOfRoom,
+    patience::FOR_ROOM,
     refusal::{ChargedAs, ConnectionRefusal, Reason, RejectionStatus, Stage},
     report::BucketName,
     room::{Room, Short},
@@ -56,8 +57,6 @@ const KEPT_FOR: u64 = 200_000_000;
 /// Who was told to come back has so long for it before it is closed, while somebody below its share is refused: that one waits
 /// longer.
 const LEAVES_WITHIN: Duration = Duration::from_millis(150);
-/// One that is refused for want of room waits for so long before it is told, or less.
-const WAITS: Duration = Duration::from_millis(250);
 /// The most callers, families as one, and reasons that are told between two looks.
 const COMPLAINTS: usize = 256;
 
@@ -257,7 +256,7 @@ impl Gate {
         let before = now.checked_sub(nanos(LEAVES_WITHIN));
         for (by, shortage) in [(Weight::Bytes, bytes), (Weight::Connections, connections)] {
             if std::mem::take(&mut shortage.wanted) {
-                shortage.wanted_until = now.saturating_add(nanos(WAITS));
+                shortage.wanted_until = now.saturating_add(nanos(FOR_ROOM));
             }
             let wanted = now < shortage.wanted_until;
             let shed = match shortage.pressure() {

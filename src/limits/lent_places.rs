@@ -10,10 +10,10 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use super::{caller::CallerKey, holding::Holding};
+use super::{caller::CallerKey, holding::Holding, patience::FOR_PLACE};
 
 /// What is set aside is lent for so many nanoseconds, if another needs it then.
-pub(super) const LENT_FOR: u64 = 2_000_000_000;
+pub(super) const LENT_FOR: u64 = FOR_PLACE.as_secs() * 1_000_000_000;
 /// So many at most have lost their place and are not gone yet. Each has its descriptors still, beside those that there are
 /// places for.
 const MOST_LEAVING: u32 = 16;

@@ -1,4 +1,4 @@
-//! How long a call may be kept waiting by the limits.
+//! How long a call, or a connection, may be kept waiting by the limits.
 //!
 //! What waits has a place ([`PLACES`], of [`KEPT_WAITING`](super::budget::KEPT_WAITING) bytes each), and an end: nothing
 //! waits without bound, nor past what its caller gave it.
@@ -7,14 +7,18 @@ use std::{num::NonZeroU32, time::Duration};
 
 use super::slots::Attestations;
 
-/// How long a call waits for tokens or for room, at most.
-pub const FOR_TOKENS: Duration = Duration::from_millis(250);
+/// How long one waits for room, at most, before it is refused for the node's sake: a call for tokens or for memory, a connection at
+/// the door, and one that was let in for the memory to begin to speak. For as long others are told to go for one that is below its
+/// share.
+pub const FOR_ROOM: Duration = Duration::from_millis(250);
+/// How long a connection waits for a place while others have all, at most: those that are lent are so for as long.
+pub const FOR_PLACE: Duration = Duration::from_secs(2);
 /// How long a call waits to be attested, at most.
 pub const FOR_ATTESTATION: Duration = Duration::from_secs(2);
 /// How many calls wait at the same time, at most; shared as attestations are.
 pub const PLACES: u32 = 1024;
 
-/// How long a call may be kept waiting. Whatever it says, no longer than [`FOR_TOKENS`] and [`FOR_ATTESTATION`].
+/// How long a call may be kept waiting. Whatever it says, no longer than [`FOR_ROOM`] and [`FOR_ATTESTATION`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience(Duration);
 

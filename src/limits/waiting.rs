@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use super::{
     ledger::{Attempt, Ledger},
-    patience::{FOR_ATTESTATION, FOR_TOKENS, Patience},
+    patience::{FOR_ATTESTATION, FOR_ROOM, Patience},
     refusal::Refusal,
     slots::AttestationSlot,
 };
@@ -31,7 +31,7 @@ pub(super) struct WaitOfCall {
 impl WaitOfCall {
     /// Of a call that came at `now`.
     pub(super) fn new(now: u64, patience: Patience) -> Self {
-        Self { arrived: now, patience, for_tokens: FOR_TOKENS, for_attestation: FOR_ATTESTATION }
+        Self { arrived: now, patience, for_tokens: FOR_ROOM, for_attestation: FOR_ATTESTATION }
     }
 
     /// What its first try is.

@@ -57,12 +57,12 @@ use crate::{
         budget::HTTP2,
         holding::{Holding, Notice},
         pace::Complaints,
+        patience::FOR_ROOM,
     },
     telemetry::{chain, registry::Label as _},
 };
 
-/// How long one that begins to speak waits for room, and how often it asks.
-pub(super) const ROOM_WITHIN: Duration = Duration::from_millis(250);
+/// How often one that begins to speak asks whether there is room for it.
 pub(super) const ROOM_AGAIN: Duration = Duration::from_millis(25);
 
 /// How often one that is over, and was told to close for its memory, asks whether its descriptor is in want.
@@ -142,9 +142,9 @@ impl<G: AcceptGate> Connection<G> {
         }
         let until = match &self.goes_in {
             // It spoke at once, and has waited where it came in.
-            Some(_) => self.since + ROOM_WITHIN,
-            None if self.holding.is_above_share() => Instant::now() + apart(ROOM_WITHIN),
-            None => Instant::now() + ROOM_WITHIN,
+            Some(_) => self.since + FOR_ROOM,
+            None if self.holding.is_above_share() => Instant::now() + apart(FOR_ROOM),
+            None => Instant::now() + FOR_ROOM,
         };
         self.goes_in = None;
         while Instant::now() < until {

@@ -14,19 +14,19 @@ use super::{
     accepted::{Accepted, Closing},
     allowance::Allowance,
     bounds::InForce,
-    connection::{Connection, ROOM_AGAIN, ROOM_WITHIN},
+    connection::{Connection, ROOM_AGAIN},
     credentials::{Arrival, CredentialsError, KeyResolver, Peer, peer_pidfd_is_of_the_peer},
     drain::note_panic,
     end::{ConnectionEnd, Phase},
     entrance::{Entrance, GoesIn},
-    lingering::{Kept, Lingering, RoomWaiter, WAIT},
+    lingering::{Kept, Lingering, RoomWaiter},
     reply::{Replies, dismiss},
     service::ConnectionService,
     stats::{ConnectionStats, OpenConnection},
     trim::HeapTrim,
 };
 use crate::{
-    limits::{ConnectionRefusal, budget::HTTP2, holding::Holding, pace::Pace},
+    limits::{ConnectionRefusal, budget::HTTP2, holding::Holding, pace::Pace, patience::FOR_ROOM},
     os::accept::{Acceptor, Waiting},
     telemetry::registry::Label as _,
 };
@@ -62,7 +62,7 @@ impl<P: Send + 'static> AtEntrance<P> {
     /// where it takes least.
     fn may_go_in(&self, holding: &Holding, now: Instant) -> bool {
         let waited = now.saturating_duration_since(self.since);
-        holding.could_hold(HTTP2) || holding.notice().is_some() || waited >= ROOM_WITHIN
+        holding.could_hold(HTTP2) || holding.notice().is_some() || waited >= FOR_ROOM
     }
 }
 
@@ -406,7 +406,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// No more are accepted. Those that wait do so for a moment yet.
     pub(super) fn is_told_to_end(&mut self, now: Instant) {
-        let ends = now + WAIT;
+        let ends = now + FOR_ROOM;
         self.ends = Some(ends);
         self.lingering.hurry(ends, now, &self.in_force.bounds);
     }

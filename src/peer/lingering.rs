@@ -7,17 +7,15 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     os::unix::net::UnixStream,
-    time::Duration,
 };
 
 use tokio::time::Instant;
 
 use super::{accepted::Accepted, bounds::ConnectionBounds, credentials::Arrival};
-use crate::limits::ConnectionRefusal;
-
-/// How long one may wait for room, in all; and for a place, while others have all: those that are lent are so for as long.
-pub(super) const WAIT: Duration = Duration::from_millis(250);
-const WAIT_FOR_PLACE: Duration = Duration::from_secs(2);
+use crate::limits::{
+    ConnectionRefusal,
+    patience::{FOR_PLACE, FOR_ROOM},
+};
 
 /// One of those that are kept.
 #[derive(Debug)]
@@ -68,14 +66,14 @@ type Rank = (usize, u32);
 impl RoomWaiter {
     /// One that was accepted now.
     pub(super) fn new(arrival: Arrival, now: Instant) -> Self {
-        Self { arrival, since: now, until: now + WAIT, for_place: false, asked: false }
+        Self { arrival, since: now, until: now + FOR_ROOM, for_place: false, asked: false }
     }
 
     /// It was refused for this, for want of room.
     pub(super) fn refused(&mut self, why: ConnectionRefusal) {
         self.for_place = why == ConnectionRefusal::NodeConnections;
         if self.for_place {
-            self.until = self.since + WAIT_FOR_PLACE;
+            self.until = self.since + FOR_PLACE;
         }
     }
 }
@@ -198,6 +196,8 @@ impl Lingering {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
@@ -219,7 +219,7 @@ mod tests {
     fn families_take_turns() {
         let (now, mut lingering) = (Instant::now(), Lingering::default());
         for family in [7, 7, 7, 8, 7, 9] {
-            assert!(lingering.keep(one(family, Some(now + WAIT)), now, &at_most(10)).is_empty());
+            assert!(lingering.keep(one(family, Some(now + FOR_ROOM)), now, &at_most(10)).is_empty());
         }
         assert!(lingering.keep(one(6, None), now, &at_most(10)).is_empty());
         let order: Vec<u64> = std::iter::from_fn(|| lingering.take_waiting()).map(|it| it.family).collect();
@@ -247,7 +247,7 @@ mod tests {
             (7, ConnectionRefusal::NodeConnections),
             (8, ConnectionRefusal::NodeConnections),
         ] {
-            let mut one = one(family, Some(now + WAIT));
+            let mut one = one(family, Some(now + FOR_ROOM));
             one.waits.iter_mut().for_each(|waits| {
                 waits.refused(why);
                 waits.asked = true;
@@ -260,7 +260,7 @@ mod tests {
             .map(|it| (it.family, it.waits.map(|waits| waits.until <= now + Duration::from_secs(1))))
             .collect();
         assert_eq!(order, [(8, Some(true)), (7, Some(true))]);
-        assert!(lingering.take_due(now + WAIT).is_some() && !lingering.is_waited_in());
+        assert!(lingering.take_due(now + FOR_ROOM).is_some() && !lingering.is_waited_in());
     }
 
     #[test]
@@ -268,9 +268,9 @@ mod tests {
         let (now, mut lingering) = (Instant::now(), Lingering::default());
         let bounds = ConnectionBounds { linger: Duration::from_secs(1), ..at_most(100) };
         for _ in 0..50 {
-            assert!(lingering.keep(one(1, Some(now + WAIT)), now, &bounds).is_empty());
+            assert!(lingering.keep(one(1, Some(now + FOR_ROOM)), now, &bounds).is_empty());
         }
-        let taken = std::iter::from_fn(|| lingering.take_due(now + WAIT)).count();
+        let taken = std::iter::from_fn(|| lingering.take_due(now + FOR_ROOM)).count();
         assert_eq!((taken, lingering.due()), (50, None));
     }
 
@@ -282,7 +282,7 @@ mod tests {
             let (mut came, mut went) = (0, 0);
             for (family, waits, step) in steps {
                 match step {
-                    4 => lingering.hurry(now + WAIT / 2, now, &at_most(8)),
+                    4 => lingering.hurry(now + FOR_ROOM / 2, now, &at_most(8)),
                     5 => went += usize::from(lingering.take_waiting_for_place().is_some()),
                     0 => went += usize::from(lingering.take_waiting().is_some()),
                     1 => {
@@ -291,7 +291,7 @@ mod tests {
                     }
                     _ => {
                         came += 1;
-                        let mut one = one(family, waits.then(|| now + WAIT));
+                        let mut one = one(family, waits.then(|| now + FOR_ROOM));
                         if family > 1 {
                             one.waits.iter_mut().for_each(|waits| waits.for_place = true);
                         }
@@ -305,7 +305,7 @@ mod tests {
                 let turns = lingering.turns.values().chain(lingering.place_turns.values());
                 prop_assert!(turns.clone().all(|due| lingering.kept.contains_key(due)));
             }
-            while lingering.take_due(now + WAIT).is_some() {}
+            while lingering.take_due(now + FOR_ROOM).is_some() {}
             prop_assert!(lingering.families.is_empty() && lingering.turns.is_empty() && lingering.descriptors == 0);
             prop_assert!(!lingering.is_waited_in() && lingering.place_turns.is_empty());
         }

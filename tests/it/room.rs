@@ -12,7 +12,7 @@ use durward::{
         bucket::{Per, Quota},
         caller::{Caller, NthCall},
         method::PerMethod,
-        patience::{FOR_ATTESTATION, FOR_TOKENS, PLACES},
+        patience::{FOR_ATTESTATION, FOR_ROOM, PLACES},
         policy::Layers,
         refusal::{Reason, Stage},
         report::{Event, Standing},
@@ -215,9 +215,9 @@ async fn what_is_set_refuses_at_once_whether_there_is_room_or_not() {
 async fn without_room_a_call_waits_for_its_tokens_and_no_longer_than_it_may() {
     let of_call = |ms| Patience::within(Duration::from_millis(ms));
     for (case, patience, longest, late) in [
-        ("usual", Patience::USUAL, FOR_TOKENS, 25),
+        ("usual", Patience::USUAL, FOR_ROOM, 25),
         ("a timeout that is shorter", of_call(100), Duration::from_millis(100), 9),
-        ("a timeout that is longer", of_call(10_000), FOR_TOKENS, 25),
+        ("a timeout that is longer", of_call(10_000), FOR_ROOM, 25),
         ("no time at all", of_call(0), Duration::ZERO, 0),
     ] {
         for (stage, settings) in each_stage(100.0, 10, Origin::ByDefault) {
@@ -427,7 +427,7 @@ async fn who_waits_has_what_is_to_spare() {
     let limits = crowded(&LimitSettings { caller: Layers::new(rule(1.0, 1, Origin::ByDefault)), ..open() });
     limits.set_spare(100.0);
     let (passed, refused, took) = calls(&limits, 1, 20, Patience::USUAL).await;
-    assert!(passed >= 15 && took <= FOR_TOKENS, "{passed} in {took:?}: {refused:?}");
+    assert!(passed >= 15 && took <= FOR_ROOM, "{passed} in {took:?}: {refused:?}");
 }
 
 fn attestations(all: u32, per_caller: u32) -> LimitSettings {
@@ -577,7 +577,7 @@ proptest! {
                 (refused, began.elapsed(), timeout)
             };
             for (_, took, timeout) in join_all(callers.into_iter().map(one)).await {
-                let most = timeout.min(FOR_TOKENS) + Duration::from_millis(1);
+                let most = timeout.min(FOR_ROOM) + Duration::from_millis(1);
                 prop_assert!(took <= most, "{took:?} of {most:?}");
             }
             prop_assert_eq!(limits.waiting(), 0);
