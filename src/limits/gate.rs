@@ -4,19 +4,15 @@
 //! admin set is asked first: blocked; the caller's open connections; its rate of new ones. Then what all share, of which a
 //! part (the reserve) is kept for callers that hold no connection, or one, and a smaller one for those with a few: however much
 //! others hold, there is a place, and memory for a call, for the next that comes
-//! ([`lent_places`](super::lent_places)). While descriptors, memory or the processor are short, whoever has its share
-//! of what is short gets no more. Whoever can be many callers (a user with subordinate UIDs) counts as one for all that.
-//! Admin connections have places of their own.
+//! ([`lent_places`](super::lent_places), [`lent_memory`](super::lent_memory)). While descriptors, memory or the processor are
+//! short, whoever has its share of what is short gets no more. Whoever can be many callers (a user with subordinate UIDs)
+//! counts as one for all that. Admin connections have places of their own.
 //!
 //! A decision is a look-up: it waits for nobody, so no caller's connection stands behind another's. What connections hold
 //! is told to their [`Holding`]; who holds how much is in [`accounts`](super::accounts), and never forgotten.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -35,10 +31,11 @@ use super::{
     gate_settings::GateRule,
     holding::{Holding, NodeHeld, Notice},
     ledger::{Ledger, PARENT_PARTS},
-    lent_places::{KeptFor, LENT_FOR, LentPlace, LentPlaces, Vacancy},
-    out_of_room::OutOfRoom,
+    lent_memory::LentMemory,
+    lent_places::{KeptFor, LentPlace, LentPlaces, Vacancy},
+    out_of_room::AllOutOfRoom,
     patience::FOR_ROOM,
-    refusal::{ChargedAs, ConnectionRefusal, Reason, RejectionStatus, Stage},
+    refusal::{ChargedAs, ConnectionRefusal, RejectionStatus, Stage},
     report::BucketName,
     room::{Room, Short},
     rule::Limit,
@@ -57,8 +54,8 @@ const KEPT_FOR: u64 = 200_000_000;
 /// Who was told to come back has so long for it before it is closed, while somebody below its share is refused: that one waits
 /// longer.
 const LEAVES_WITHIN: Duration = Duration::from_millis(150);
-/// The most callers, families as one, and reasons that are told between two looks.
-const COMPLAINTS: usize = 256;
+/// The most that are told of between two looks whose places others got.
+const MOST_TOLD: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct GateState {
@@ -66,10 +63,8 @@ pub(super) struct GateState {
     pub(super) accounts: Accounts,
     pub(super) total: u32,
     admin: u32,
-    /// Connections that were let in on what is set aside.
-    reserved: u32,
-    /// These, those that were let in first before the others, and some that have ended.
-    lent: VecDeque<Lent>,
+    /// Connections that were let in on memory that is set aside.
+    lent: LentMemory,
     pub(super) bytes: Shortage,
     pub(super) connections: Shortage,
     /// Connections on places that are kept.
@@ -77,7 +72,7 @@ pub(super) struct GateState {
     wanted: WantedPlaces,
     /// When shares were reckoned last.
     looked: u64,
-    pub(super) complaints: HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>,
+    pub(super) out_of_room: AllOutOfRoom,
     /// Who was told to go since the watch last asked: never more than connections.
     told: Vec<ToldToGo>,
 }
@@ -91,14 +86,6 @@ struct WantedPlaces {
     each: u32,
     /// Until then whoever has that gets no more.
     until: u64,
-}
-
-/// A connection that was let in on memory that is set aside.
-#[derive(Debug)]
-struct Lent {
-    since: u64,
-    caller: CallerKey,
-    holding: Weak<Holding>,
 }
 
 #[derive(Debug)]
@@ -132,17 +119,17 @@ pub struct ConnectionPermit {
 
 /// A connection that is being decided.
 #[derive(Clone, Copy)]
-struct Arriving<'a> {
-    plan: &'a GatePlan,
-    rule: &'a GateRule,
-    caller: CallerKey,
+pub(super) struct Arriving<'a> {
+    pub(super) plan: &'a GatePlan,
+    pub(super) rule: &'a GateRule,
+    pub(super) caller: CallerKey,
     group: u64,
     open: u32,
     /// Connections of the caller and its family, and the bytes that they hold.
-    group_open: u32,
-    group_bytes: u64,
+    pub(super) group_open: u32,
+    pub(super) group_bytes: u64,
     of_family: bool,
-    now: u64,
+    pub(super) now: u64,
 }
 
 /// Whether somebody asks again who is refused for want of room.
@@ -178,14 +165,13 @@ impl Gate {
             accounts: Accounts::new(Arc::clone(&node)),
             total: 0,
             admin: 0,
-            reserved: 0,
-            lent: VecDeque::new(),
+            lent: LentMemory::default(),
             bytes: Shortage::default(),
             connections: Shortage::default(),
             places: LentPlaces::default(),
             wanted: WantedPlaces::default(),
             looked: 0,
-            complaints: HashMap::default(),
+            out_of_room: AllOutOfRoom::default(),
             told: Vec::new(),
         };
         let shared = SharedGate {
@@ -310,8 +296,8 @@ impl Gate {
         let taken = state.taken();
         state.places.settle(taken, plan.for_anybody());
         if !state.is_last(&plan, shared.node.bytes()) {
-            state.give_back();
-        } else if group_open == 0 && state.reserved >= plan.reserved() {
+            state.lent.give_back();
+        } else if group_open == 0 && state.lent.connections() >= plan.reserved() {
             state.take_back(now);
         }
         let decided = shared.decide(&arriving, &mut state);
@@ -343,7 +329,7 @@ impl Gate {
             holding.let_first_in();
         }
         if reserved {
-            state.lend(Lent { since: now, caller, holding: Arc::downgrade(&holding) }, &plan);
+            state.lent.lend(now, caller, &holding, plan.reserved());
         }
         state.give(vacancy, LentPlace { since: now, caller, group, holding: Arc::downgrade(&holding) });
         state.total += 1;
@@ -482,20 +468,6 @@ impl SharedGate {
         }
     }
 
-    /// Notes a refusal where people see it who look.
-    fn note_refused(&self, it: &Arriving<'_>, refusal: ConnectionRefusal, state: &mut GateState) {
-        // That one is noted where it arises, in a rehearsal too.
-        if refusal != ConnectionRefusal::CallerConnections {
-            let quota = match it.rule.limit() {
-                Limit::Quota(quota) => quota,
-                Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
-            };
-            let who = || (BucketName::Caller(it.caller), "connections");
-            state.rates.note_refused_anybody(it.now, self.key(it.plan, it.caller), quota, who);
-        }
-        state.complain(it, refusal);
-    }
-
     /// Asks all questions of the module's documentation.
     fn decide(&self, it: &Arriving<'_>, state: &mut GateState) -> Result<LetIn, ConnectionRefusal> {
         let mut rehearsed = false;
@@ -591,7 +563,7 @@ impl SharedGate {
         if newcomer {
             // Half of the places is for those who have none.
             let places = if group_open == 0 { plan.reserved() } else { plan.reserved() / 2 };
-            if !last || exempt || state.reserved < places {
+            if !last || exempt || state.lent.connections() < places {
                 return Ok((last, place));
             }
             if group_open == 0 {
@@ -607,33 +579,6 @@ impl SharedGate {
             return Err(ConnectionRefusal::MemoryTaken);
         }
         Ok((false, place))
-    }
-
-    /// Counts and tells a refusal.
-    fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
-        self.count(refusal, caller, Decision::Refused);
-        if let Some(why @ (Stage::Gate, _)) = refusal.by_stage() {
-            self.ledger.refusing().note(now, why, None, &BucketName::Caller(caller));
-        }
-        self.want(refusal);
-    }
-
-    /// Counts what would have been done with more processor time.
-    fn want(&self, refusal: ConnectionRefusal) {
-        if refusal == ConnectionRefusal::Processor {
-            self.wanting.fetch_add(1, Relaxed);
-        }
-    }
-
-    /// Counts a refusal, or what would be one.
-    fn count(&self, refusal: ConnectionRefusal, caller: CallerKey, decision: fn(Reason) -> Decision) {
-        let Some((stage, reason)) = refusal.by_stage() else { return };
-        let key = match (stage, refusal) {
-            (Stage::Node, _) => ChargedAs::Node,
-            (_, ConnectionRefusal::OverflowRate) => ChargedAs::Overflow,
-            _ => caller.charged_as(),
-        };
-        self.ledger.counters.count(stage, None, key, decision(reason));
     }
 }
 
@@ -699,7 +644,7 @@ impl GateState {
                     let held = u64::from(self.accounts.of_group(group).0);
                     let (short, share, notice) =
                         (Short::Descriptors, self.connections.share(), Notice::Close);
-                    if self.told.len() < COMPLAINTS {
+                    if self.told.len() < MOST_TOLD {
                         self.told.push(ToldToGo { caller, short, held, share, notice });
                     }
                 }
@@ -709,50 +654,16 @@ impl GateState {
         self.places.lend(part, one);
     }
 
-    /// One more was let in on memory that is set aside.
-    fn lend(&mut self, one: Lent, plan: &GatePlan) {
-        if let Some(holding) = one.holding.upgrade() {
-            holding.put_on_reserve();
-            self.reserved += 1;
-        }
-        // Those that have ended are forgotten now and then, whoever stays before them.
-        if self.lent.len() >= usize::try_from(plan.reserved()).unwrap_or(usize::MAX).saturating_mul(4) {
-            self.lent.retain(|lent| lent.holding.upgrade().is_some_and(|holding| holding.is_on_reserve()));
-        }
-        self.lent.push_back(one);
-    }
-
-    /// There is memory beside what is set aside: who was let in on that holds what all hold.
-    fn give_back(&mut self) {
-        for Lent { holding, .. } in self.lent.drain(..) {
-            if let Some(holding) = holding.upgrade() {
-                holding.take_from_reserve();
-            }
-        }
-        self.reserved = 0;
-    }
-
-    /// Takes one of the places that are set aside back from who has had it longest, if that is long enough.
+    /// Takes memory that is set aside back from who has had it longest, if that is long enough.
     fn take_back(&mut self, now: u64) {
-        while let Some(Lent { since, caller, holding }) = self.lent.front() {
-            let (caller, holding) = (*caller, holding.upgrade().filter(|holding| holding.is_on_reserve()));
-            if holding.is_some() && now.saturating_sub(*since) < LENT_FOR {
-                return;
-            }
-            self.lent.pop_front();
-            if let Some(holding) = holding {
-                holding.take_from_reserve();
-                holding.tell(Notice::Close);
-                self.told.push(ToldToGo {
-                    caller,
-                    short: Short::Memory,
-                    held: holding.bytes(),
-                    share: self.bytes.share(),
-                    notice: Notice::Close,
-                });
-                self.reserved = self.reserved.saturating_sub(1);
-                return;
-            }
+        if let Some((caller, holding)) = self.lent.take_back(now) {
+            self.told.push(ToldToGo {
+                caller,
+                short: Short::Memory,
+                held: holding.bytes(),
+                share: self.bytes.share(),
+                notice: Notice::Close,
+            });
         }
     }
 
@@ -787,27 +698,6 @@ impl GateState {
         }
         wants
     }
-
-    /// Keeps what is to be told of a refusal for want of room, if there is room for it.
-    fn complain(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) {
-        let (held, share) = match refusal {
-            ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => {
-                (it.group_bytes, self.bytes.share())
-            }
-            ConnectionRefusal::Descriptors | ConnectionRefusal::NodeConnections => {
-                (u64::from(it.group_open), self.connections.share())
-            }
-            _ => return,
-        };
-        let head = it.plan.families.head(it.caller);
-        let has_room = self.complaints.len() < COMPLAINTS;
-        if let Some(told) = self.complaints.get_mut(&(head, refusal)) {
-            (told.held, told.share) = (held, share);
-        } else if has_room {
-            let told = OutOfRoom { caller: it.caller, head, refusal, held, share };
-            self.complaints.insert((head, refusal), told);
-        }
-    }
 }
 
 impl ConnectionPermit {
@@ -825,7 +715,7 @@ impl Drop for ConnectionPermit {
             return;
         };
         state.total = state.total.saturating_sub(1);
-        state.reserved = state.reserved.saturating_sub(u32::from(self.holding.take_from_reserve()));
+        state.lent.gone(&self.holding);
         state.places.gone(&self.holding);
         state.accounts.take(place);
         self.shared.ledger.counters.connections.set(f64::from(state.total));

@@ -106,8 +106,7 @@ impl Gate {
 
     /// Callers that were refused for want of room since this was last asked; a bounded number of them.
     pub fn out_of_room(&self) -> Vec<OutOfRoom> {
-        let mut state = self.shared.state();
-        state.complaints.drain().map(|(_, complaint)| complaint).collect()
+        self.shared.state().out_of_room.take()
     }
 
     /// How many connections were refused for want of processor time since this was last asked.

@@ -1,6 +1,11 @@
 //! Who was refused for want of room, as it is told.
 
+use std::collections::HashMap;
+
 use super::{caller::CallerKey, refusal::ConnectionRefusal};
+
+/// The most callers, families as one, and reasons that are told between two looks.
+const MOST: usize = 256;
 
 /// A caller that was refused for want of room, or several of one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,4 +19,25 @@ pub struct OutOfRoom {
     pub held: u64,
     /// What its share was.
     pub share: u64,
+}
+
+/// Those since somebody last looked.
+#[derive(Debug, Default)]
+pub(super) struct AllOutOfRoom(HashMap<(CallerKey, ConnectionRefusal), OutOfRoom, ahash::RandomState>);
+
+impl AllOutOfRoom {
+    /// Keeps one, if there is room for it; of one that is known, what it holds now.
+    pub(super) fn note(&mut self, one: OutOfRoom) {
+        let key = (one.head, one.refusal);
+        if let Some(known) = self.0.get_mut(&key) {
+            (known.held, known.share) = (one.held, one.share);
+        } else if self.0.len() < MOST {
+            self.0.insert(key, one);
+        }
+    }
+
+    /// Takes them all.
+    pub(super) fn take(&mut self) -> Vec<OutOfRoom> {
+        self.0.drain().map(|(_, one)| one).collect()
+    }
 }

@@ -1,0 +1,79 @@
+//! What becomes of a connection that the gate refuses: it is counted, and people are shown and told who was refused what.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::{
+    bucket::Quota,
+    caller::CallerKey,
+    counters::Decision,
+    gate::{Arriving, GateState, SharedGate},
+    out_of_room::OutOfRoom,
+    refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
+    report::BucketName,
+    rule::Limit,
+};
+
+impl SharedGate {
+    /// Notes a refusal where people see it who look.
+    pub(super) fn note_refused(&self, it: &Arriving<'_>, refusal: ConnectionRefusal, state: &mut GateState) {
+        // That one is noted where it arises, in a rehearsal too.
+        if refusal != ConnectionRefusal::CallerConnections {
+            let quota = match it.rule.limit() {
+                Limit::Quota(quota) => quota,
+                Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
+            };
+            let who = || (BucketName::Caller(it.caller), "connections");
+            state.rates.note_refused_anybody(it.now, self.key(it.plan, it.caller), quota, who);
+        }
+        state.complain(it, refusal);
+    }
+
+    /// Counts and tells a refusal.
+    pub(super) fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
+        self.count(refusal, caller, Decision::Refused);
+        if let Some(why @ (Stage::Gate, _)) = refusal.by_stage() {
+            self.ledger.refusing().note(now, why, None, &BucketName::Caller(caller));
+        }
+        self.want(refusal);
+    }
+
+    /// Counts what would have been done with more processor time.
+    pub(super) fn want(&self, refusal: ConnectionRefusal) {
+        if refusal == ConnectionRefusal::Processor {
+            self.wanting.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Counts a refusal, or what would be one.
+    pub(super) fn count(
+        &self,
+        refusal: ConnectionRefusal,
+        caller: CallerKey,
+        decision: fn(Reason) -> Decision,
+    ) {
+        let Some((stage, reason)) = refusal.by_stage() else { return };
+        let key = match (stage, refusal) {
+            (Stage::Node, _) => ChargedAs::Node,
+            (_, ConnectionRefusal::OverflowRate) => ChargedAs::Overflow,
+            _ => caller.charged_as(),
+        };
+        self.ledger.counters.count(stage, None, key, decision(reason));
+    }
+}
+
+impl GateState {
+    /// Keeps what is to be told of a refusal for want of room.
+    fn complain(&mut self, it: &Arriving<'_>, refusal: ConnectionRefusal) {
+        let (held, share) = match refusal {
+            ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => {
+                (it.group_bytes, self.bytes.share())
+            }
+            ConnectionRefusal::Descriptors | ConnectionRefusal::NodeConnections => {
+                (u64::from(it.group_open), self.connections.share())
+            }
+            _ => return,
+        };
+        let head = it.plan.families.head(it.caller);
+        self.out_of_room.note(OutOfRoom { caller: it.caller, head, refusal, held, share });
+    }
+}
