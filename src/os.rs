@@ -16,6 +16,7 @@ pub mod machine;
 pub mod membarrier;
 mod mount;
 pub mod namespace;
+pub mod open_files;
 pub mod outq;
 pub mod own_connection;
 pub mod passing;

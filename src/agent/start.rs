@@ -141,6 +141,7 @@ pub(super) struct AgentParts {
     pub(super) failed_reload: FailedReload,
     pub(super) log: Arc<OnceLock<Log>>,
     started: SystemTime,
+    connections: Arc<ConnectionStats>,
     meter: MemoryMeter,
     pub(super) limits: Limits,
     pub(super) gate: limits::Gate,
@@ -167,6 +168,8 @@ struct PreparedAgent {
     attestor: Arc<Attestor>,
     means: Means,
     limits_set: SharedLimits,
+    /// What is counted of those to callers.
+    connections: Arc<ConnectionStats>,
     meter: MemoryMeter,
     limits: Limits,
     gate: limits::Gate,
@@ -187,7 +190,6 @@ impl PreparedAgent {
         let health = Arc::<HealthState>::default();
         let asked = [endpoints::of_metrics(config, &metrics), endpoints::of_health(config, &health)].concat();
         let endpoints = HttpEndpoints::bind(asked, means.http_places)?;
-        let meter = MemoryMeter::start().map_err(|error| no_threads(1, error))?;
         let index = config.issuer_input().index;
         let attestor = Arc::new(Attestor::new(config.attest.clone()).counted_by(metrics.registry()));
         attestor.share_by(config.ratelimit.families.clone(), config.ratelimit.node.cpu);
@@ -204,6 +206,8 @@ impl PreparedAgent {
         let surroundings = look_around(&health, &attestor, in_pod() && keys.looks_for_pods());
         let limits = Limits::new(&fitted.limits, clock, metrics.registry());
         let gate = limits::Gate::new(fitted.gate, &limits);
+        let connections = Arc::<ConnectionStats>::default();
+        let meter = MemoryMeter::start(&gate, &connections).map_err(|error| no_threads(1, error))?;
         Ok(Self {
             clock,
             metrics,
@@ -214,6 +218,7 @@ impl PreparedAgent {
             attestor,
             means,
             limits_set,
+            connections,
             meter,
             limits,
             gate,
@@ -266,6 +271,7 @@ impl PreparedAgent {
             failed_reload: FailedReload::default(),
             log: Arc::default(),
             started: clock.now(),
+            connections: self.connections,
             meter: self.meter,
             limits: self.limits,
             gate: self.gate,
@@ -288,7 +294,7 @@ impl AgentParts {
         let services = self.services()?;
         let keys = Arc::new(caller_keys(&config));
         let (connections, bounds) = channel::channel(connection_bounds(&config, self.means));
-        let (stats, admin_stats) = (Arc::<ConnectionStats>::default(), Arc::<ConnectionStats>::default());
+        let (stats, admin_stats) = (Arc::clone(&self.connections), Arc::<ConnectionStats>::default());
         let series = ConnectionMetrics::new(self.metrics.registry());
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));

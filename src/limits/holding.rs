@@ -336,6 +336,11 @@ impl Holding {
             || self.is_on_reserve() && self.bytes().saturating_add(bytes) <= NEWCOMER
     }
 
+    /// Whether its caller's family holds no more than one that begins.
+    pub fn begins(&self) -> bool {
+        self.sums.as_ref().is_none_or(|HeldSums { group, .. }| group.bytes() <= BEGINS)
+    }
+
     /// So many are held no longer: at most what was.
     pub fn release(&self, bytes: u64) {
         self.own.take(bytes);

@@ -4,8 +4,8 @@
 //! are charged to the cgroup. Both versions of cgroups; where neither can be read there is nothing to say.
 //!
 //! What counts is what is charged, less the pages of files that are neither dirty nor on their way to a disk: the kernel drops
-//! them before it kills anybody, the program's own with them. Slabs it calls reclaimable count: sockets' inodes are among them,
-//! and nothing frees those of open sockets, nor sooner those of closed ones.
+//! them before it kills anybody, the program's own with them. What it calls reclaimable of its slabs is told, and not taken for
+//! what can be dropped: sockets' inodes are among them, and nothing frees those of open sockets, nor sooner those of closed ones.
 
 use std::{
     fs::File,
@@ -24,6 +24,8 @@ pub struct ChargedParts {
     pub droppable: u64,
     /// The kernel's part. 0 where the kernel does not say.
     pub kernel: u64,
+    /// Of this, the slabs that it calls reclaimable. Version 1 does not say.
+    pub reclaimable: Option<u64>,
 }
 
 /// The cgroup that a process is in. Its files stay open.
@@ -55,6 +57,7 @@ pub(super) struct StatNames {
     /// Of these, what cannot be dropped yet.
     busy: [&'static str; 2],
     kernel: &'static str,
+    reclaimable: &'static str,
 }
 
 const V1: CgroupFiles = CgroupFiles {
@@ -65,6 +68,7 @@ const V1: CgroupFiles = CgroupFiles {
         files: ["total_inactive_file", "total_active_file"],
         busy: ["total_dirty", "total_writeback"],
         kernel: "",
+        reclaimable: "",
     },
 };
 const V2: CgroupFiles = CgroupFiles {
@@ -75,6 +79,7 @@ const V2: CgroupFiles = CgroupFiles {
         files: ["inactive_file", "active_file"],
         busy: ["file_dirty", "file_writeback"],
         kernel: "kernel",
+        reclaimable: "slab_reclaimable",
     },
 };
 
@@ -160,7 +165,11 @@ impl OwnCgroup {
         let mut bytes = [0; LONGEST];
         let stat = text(&self.stat, &mut bytes)?;
         let kernel = self.kernel.as_ref().and_then(number).or_else(|| line(stat, self.names.kernel));
-        Some(ChargedParts { droppable: droppable(stat, self.names), kernel: kernel.unwrap_or(0) })
+        Some(ChargedParts {
+            droppable: droppable(stat, self.names),
+            kernel: kernel.unwrap_or(0),
+            reclaimable: line(stat, self.names.reclaimable),
+        })
     }
 }
 
@@ -211,13 +220,13 @@ mod tests {
                 "v2",
                 "0::/a/b\n",
                 &[("a/b", "memory.current", "20000"), ("a/b", "memory.stat", v2_stat)][..],
-                Some((19_000, 5000)),
+                Some((19_000, 5000, Some(4000))),
             ),
             (
                 "v2 of a container",
                 "0::/kubepods/x\n",
                 &[("", "memory.current", "20000"), ("", "memory.stat", v2_stat)],
-                Some((19_000, 5000)),
+                Some((19_000, 5000, Some(4000))),
             ),
             (
                 "v1",
@@ -227,19 +236,19 @@ mod tests {
                     ("memory/a", "memory.kmem.usage_in_bytes", "6000\n"),
                     ("memory/a", "memory.stat", v1_stat),
                 ],
-                Some((18_000, 6000)),
+                Some((18_000, 6000, None)),
             ),
             (
                 "old kernels say nothing of the kernel's part",
                 "0::/\n",
                 &[("", "memory.current", "20000\n"), ("", "memory.stat", "anon 1\n")],
-                Some((20_000, 0)),
+                Some((20_000, 0, None)),
             ),
             (
                 "more can be dropped than there is",
                 "0::/\n",
                 &[("", "memory.current", "10\n"), ("", "memory.stat", v2_stat)],
-                Some((0, 5000)),
+                Some((0, 5000, Some(4000))),
             ),
             ("out of the tree", "0::/../../etc\n", &[], None),
             ("the root of all", "0::/\n", &[("", "memory.stat", v2_stat)], None),
@@ -259,7 +268,7 @@ mod tests {
             let cgroup = OwnCgroup::of(&dir.path().join("self"), &root);
             let seen = cgroup.as_ref().and_then(|cgroup| {
                 let parts = cgroup.parts()?;
-                Some((cgroup.charged()?.saturating_sub(parts.droppable), parts.kernel))
+                Some((cgroup.charged()?.saturating_sub(parts.droppable), parts.kernel, parts.reclaimable))
             });
             assert_eq!(seen, want, "{case}");
             assert_eq!(cgroup.is_some_and(|cgroup| cgroup.is_alone()), want.is_some(), "{case}");

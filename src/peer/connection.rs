@@ -281,7 +281,7 @@ impl<G: AcceptGate> Connection<G> {
                     }
                     break why;
                 }
-                () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(),
+                () = drains(phases), if !course.drains() && !course.is_unheard() => course.drain(Instant::now()),
                 notice = holding.told(heard), if heard < Some(Notice::Close) => {
                     heard = Some(notice);
                     course.told(notice, Instant::now())

@@ -39,8 +39,11 @@ enum Farewell {
     Unsaid,
     /// To end. At `cut_at` it is cut, if it has no request then.
     Said { why: ConnectionEnd, cut_at: Instant },
-    /// To end with the last of its requests. It is not cut here: a drain cuts what is left of it.
+    /// To end with the last of its requests.
     Final { why: ConnectionEnd },
+    /// The same, since the agent ends. What the agent has to do is done as long as the drain lasts; for the peer nobody waits
+    /// longer than a farewell takes, since others cannot connect meanwhile.
+    Drains { since: Instant },
     /// To come back on another. At `cut_at` it is cut, whatever it has then.
     SentAway { why: ConnectionEnd, cut_at: Instant },
     /// That it is not heard any more, and to end. At `cut_at` it is cut, whatever it has then.
@@ -138,9 +141,19 @@ impl Course {
                 Look::Busy { .. } | Look::Open => self.farewell = Farewell::Final { why },
             }
         }
+        if let Farewell::Drains { since: told } = self.farewell {
+            let done = match look {
+                Look::Busy { for_peer, .. } => for_peer,
+                Look::Idle { since } => Some(since),
+                Look::NoRequestYet | Look::Open => Some(told),
+            };
+            if done.is_some_and(|since| now >= since.max(told) + FAREWELL) {
+                return Verdict::Cut(ConnectionEnd::Drained);
+            }
+        }
         let due = match look {
             Look::NoRequestYet => (now >= self.handshake_by).then_some(ConnectionEnd::HandshakeTimeout),
-            Look::Busy { since } if now >= since + self.bounds.stall_timeout => {
+            Look::Busy { since, .. } if now >= since + self.bounds.stall_timeout => {
                 return Verdict::Cut(ConnectionEnd::Stalled);
             }
             Look::Idle { since } => self
@@ -175,13 +188,14 @@ impl Course {
             Farewell::Said { cut_at, .. }
             | Farewell::SentAway { cut_at, .. }
             | Farewell::Unheard { cut_at } => next.min(cut_at),
+            Farewell::Drains { .. } => next.min(now + FAREWELL),
             Farewell::Unsaid | Farewell::Final { .. } => next,
         }
     }
 
     /// The agent drains: it is told to end with the last of its requests.
-    pub(super) fn drain(&mut self) -> Verdict {
-        self.farewell = Farewell::Final { why: ConnectionEnd::Drained };
+    pub(super) fn drain(&mut self, now: Instant) -> Verdict {
+        self.farewell = Farewell::Drains { since: now };
         Verdict::SayFarewell
     }
 
@@ -214,7 +228,7 @@ impl Course {
 
     /// Whether it was told that the agent drains.
     pub(super) fn drains(&self) -> bool {
-        self.why() == Some(ConnectionEnd::Drained)
+        matches!(self.farewell, Farewell::Drains { .. })
     }
 
     fn why(&self) -> Option<ConnectionEnd> {
@@ -223,6 +237,7 @@ impl Course {
             Farewell::Said { why, .. } | Farewell::Final { why } | Farewell::SentAway { why, .. } => {
                 Some(why)
             }
+            Farewell::Drains { .. } => Some(ConnectionEnd::Drained),
             Farewell::Unheard { .. } => Some(ConnectionEnd::AnotherWriter),
         }
     }
@@ -265,6 +280,31 @@ mod tests {
         assert_eq!(course.look(cut - Duration::from_millis(1)), Verdict::GoesOn);
         assert_eq!(course.look(cut), Verdict::Cut(ConnectionEnd::SentAway));
         drop(request);
+    }
+
+    /// As the agent ends, what it has to do is done; what waits for the peer, or for nothing, is not waited for.
+    #[test]
+    fn a_drain_waits_for_the_agent_and_not_for_the_peer() {
+        let start = Instant::now();
+        let late = start + FAREWELL;
+        for (case, begins, awaits_peer, cut) in [
+            ("nothing came", false, false, true),
+            ("a request that is being answered", true, false, false),
+            ("one whose rest is missing", true, true, true),
+        ] {
+            let turns = Arc::new(Turns::default());
+            let mut course = course(&turns, start, start + TICK);
+            let request = begins.then(|| Turn::begin(&turns));
+            let mut upload = request.as_ref().filter(|_| awaits_peer).map(Turn::upload);
+            assert!(upload.as_mut().is_none_or(|upload| upload.waits(10)), "{case}");
+            let told = Instant::now();
+            assert_eq!(course.drain(told), Verdict::SayFarewell, "{case}");
+            assert_eq!(course.look(late - Duration::from_millis(1)), Verdict::GoesOn, "{case}");
+            assert!(course.next_look(told) <= told + FAREWELL, "{case}");
+            let then = if cut { Verdict::Cut(ConnectionEnd::Drained) } else { Verdict::GoesOn };
+            assert_eq!(course.look(told + FAREWELL), then, "{case}");
+            drop((upload, request));
+        }
     }
 
     #[test]

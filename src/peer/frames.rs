@@ -48,9 +48,17 @@ const PREFACE_LENGTH: u32 = 24;
 /// Length of a frame's head (RFC 9113, section 4.1).
 const FRAME_HEAD: u32 = 9;
 
-/// What a frame of DATA costs beyond its head. Its payload costs nothing: flow control bounds that already, and a
-/// large request must not look like a flood.
+/// What a frame of DATA costs beyond its head. Its payload costs nothing, as long as it may be a request's: a large one must not
+/// look like a flood.
 const DATA_COST: u32 = 8;
+
+/// So many bytes of bodies come with a request; before that as many as the largest has. h2 throws away what comes for one that was
+/// answered or reset, and gives its window back: that does not bound it.
+const BODY: u32 = 8 * 1024;
+const BODIES_AT_FIRST: u32 = 68 * 1024;
+const BODIES_AT_MOST: u32 = 256 * 1024;
+/// So many bytes of bodies beyond that count as one that is no request: a read brings 2 KiB of them, and is an answer for nothing.
+const BODY_BYTES: u32 = 16;
 
 /// How much of a frame may have passed, its head included, where something is put into it: `:authority` is one of the first
 /// four fields, and nobody calls a method with a longer name.
@@ -135,8 +143,9 @@ pub struct Filter {
     budget: FrameBudget,
     left: u32,
     filled_at: Instant,
-    /// What may still come beside requests before it is waste, and bytes of what came beyond it.
+    /// What may still come beside requests, and in bodies, before it is waste; and bytes of what came beyond it.
     beside: u32,
+    bodies: u32,
     wasted: u32,
     /// Bytes since the last DATA; the stream of that, and how much came for this stream alone; and of what came before a DATA,
     /// what nobody was told of.
@@ -193,6 +202,7 @@ impl Filter {
             left: budget.burst,
             filled_at: now,
             beside: BESIDE_AT_MOST,
+            bodies: BODIES_AT_FIRST,
             wasted: 0,
             since_data: 0,
             run: DataRun::default(),
@@ -406,7 +416,12 @@ impl Filter {
         let is_empty = length == 0 && flags & END_HEADERS != 0;
         let refused = is_trailers && !is_empty && flags & END_STREAM != 0;
         match kind {
-            DATA if length > 0 => self.charge(FRAME_HEAD + DATA_COST, now)?,
+            DATA if length > 0 => {
+                let beyond = length.saturating_sub(self.bodies);
+                self.bodies = self.bodies.saturating_sub(length);
+                self.wasted = self.wasted.saturating_add(beyond / BODY_BYTES);
+                self.charge(FRAME_HEAD + DATA_COST, now)?;
+            }
             // A stream begins: its number is higher than any before (RFC 9113, section 5.1.1).
             HEADERS if stream > self.last_stream => {
                 self.last_stream = stream;
@@ -415,6 +430,7 @@ impl Filter {
                 self.in_head = true;
                 self.left = self.budget.burst;
                 self.beside = self.beside.saturating_add(BESIDE_A_REQUEST).min(BESIDE_AT_MOST);
+                self.bodies = self.bodies.saturating_add(BODY).min(BODIES_AT_MOST);
                 self.wasted = self.wasted.saturating_add(length.saturating_sub(USUAL_HEAD));
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,
@@ -638,6 +654,40 @@ mod tests {
                 wasted += filter.take_wasted();
             }
             assert_eq!(wasted, 100 * of_each, "{length}");
+        }
+    }
+
+    /// What comes for requests that were answered is thrown away, and asked for again and again.
+    #[test]
+    fn bodies_beyond_what_requests_bring_along_are_waste() {
+        let now = Instant::now();
+        let all = |bytes: u32, heads: u32| {
+            bytes.saturating_sub(BODIES_AT_FIRST + heads * BODY) / BODY_BYTES / A_WASTE
+        };
+        for (case, rounds, heads, parts, length) in [
+            ("a body of the largest size", 1, 1, 4, 16 * 1024),
+            ("ordinary ones, one after the other", 100, 1, 1, BODY),
+            ("many of them together", 1, 30, 30, BODY),
+            ("what comes for none", 1, 1, 104, 16 * 1024),
+            ("long ones, one after the other", 100, 1, 1, 16 * 1024),
+        ] {
+            let mut filter = Filter::new(FrameBudget::DEFAULT, now);
+            filter.pass(&mut connection(), || now).unwrap();
+            let (mut wasted, mut stream) = (0, 1);
+            for _ in 0..rounds {
+                for _ in 0..heads {
+                    filter.pass(&mut frame(1, 4, stream, &[0x83]), || now).unwrap();
+                    stream += 2;
+                }
+                for _ in 0..parts {
+                    filter.pass(&mut frame(0, 0, stream - 2, &vec![0; size(length)]), || now).unwrap();
+                    wasted += filter.take_wasted();
+                }
+            }
+            let want = all(rounds * parts * length, rounds * heads);
+            // Heads of frames count too.
+            let of_frames = if want > 0 { rounds * parts * (FRAME_HEAD + DATA_COST) / A_WASTE } else { 0 };
+            assert!((want..=want + of_frames + 1).contains(&wasted), "{case}: {wasted} of {want}");
         }
     }
 

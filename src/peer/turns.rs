@@ -62,6 +62,8 @@ struct TurnSlot {
     rests: bool,
     /// It waits until its answer fits.
     waits: bool,
+    /// It waits for the rest of the request.
+    awaits_rest: bool,
     /// What its answer is reckoned at, while it is being made.
     reckoned: u64,
     /// Parts of the answer that hyper or h2 holds, because the peer has no room for them.
@@ -85,6 +87,11 @@ impl TurnSlot {
         (self.parts > 0 || served).then_some(self.moved)
     }
 
+    /// Whether its peer has to send or to read something before anything can be done for it.
+    fn awaits_peer(&self) -> bool {
+        self.parts > 0 || self.awaits_rest
+    }
+
     /// The buffer of its body takes so much from then on, and what it took before no longer.
     fn keep(&mut self, bytes: u64, holding: &Holding) {
         holding.hold(bytes);
@@ -100,9 +107,9 @@ impl TurnSlot {
 }
 
 impl TurnSlots {
-    /// Whether the slot is this request's, and its answer has not ended.
-    fn is_open(&self, at: usize, call: u64) -> bool {
-        self.slots.get(at).is_some_and(|slot| slot.call == call && slot.open)
+    /// The slot, if it is this request's and its answer has not ended.
+    fn open_slot(&mut self, at: usize, call: u64) -> Option<&mut TurnSlot> {
+        self.slots.get_mut(at).filter(|slot| slot.call == call && slot.open)
     }
 
     /// Of the streams that h2 may have had at once, how many are none of the slots.
@@ -154,9 +161,10 @@ impl TurnSlots {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Look {
     NoRequestYet,
-    /// Something waits since then.
+    /// Something waits since then. Where all that waits does so for the peer: since when.
     Busy {
         since: Instant,
+        for_peer: Option<Instant>,
     },
     /// Streams are open, and none waits.
     Open,
@@ -178,9 +186,14 @@ impl Turns {
 
     pub(super) fn look(&self) -> Look {
         self.with(|turns| {
-            let waits_since = turns.slots.iter().filter_map(TurnSlot::waits_since).min();
+            let busy = || turns.slots.iter().filter_map(|slot| Some((slot.waits_since()?, slot)));
+            let waits_since = busy().map(|(since, _)| since).min();
             match (waits_since, turns.open, turns.last_ended) {
-                (Some(since), ..) => Look::Busy { since },
+                (Some(since), ..) => {
+                    let for_peer = busy().all(|(_, slot)| slot.awaits_peer());
+                    let last = busy().map(|(since, _)| since).max();
+                    Look::Busy { since, for_peer: last.filter(|_| for_peer) }
+                }
                 (None, 1.., _) => Look::Open,
                 (None, 0, Some(since)) => Look::Idle { since },
                 (None, 0, None) => Look::NoRequestYet,
@@ -370,6 +383,7 @@ impl Turn {
                 open: true,
                 rests: false,
                 waits,
+                awaits_rest: false,
                 reckoned: reckoned.unwrap_or(0),
                 parts: 0,
                 kept: 0,
@@ -489,7 +503,8 @@ impl Upload {
         self.counted = came;
         if self.gives_way && !self.gave_way {
             self.turns.update(|turns| {
-                if turns.is_open(self.slot, self.call) {
+                if let Some(slot) = turns.open_slot(self.slot, self.call) {
+                    slot.awaits_rest = true;
                     turns.end_reckoned(self.slot);
                 }
             });
@@ -500,7 +515,10 @@ impl Upload {
 
     /// Ready when the body may be read on: when its answer fits once more.
     pub(super) fn poll_goes_on(&mut self, cx: &Context<'_>) -> Poll<()> {
-        if self.gave_way && self.turns.with(|turns| turns.is_open(self.slot, self.call)) {
+        let goes_on = |turns: &mut TurnSlots| {
+            turns.open_slot(self.slot, self.call).map(|slot| slot.awaits_rest = false).is_some()
+        };
+        if self.gave_way && self.turns.with(goes_on) {
             ready!(self.turns.poll_begin(self.slot, cx.waker()));
         }
         self.gave_way = false;

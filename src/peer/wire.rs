@@ -38,6 +38,7 @@ use crate::{
         budget::HEAD,
         holding::{Holding, KeptBytes},
         pace::Complaints,
+        patience::FOR_ROOM,
     },
     os::receive::{Received, receive},
 };
@@ -141,6 +142,8 @@ pub(super) struct Wire<P: Send + 'static> {
     heads: Arc<HeadCount>,
     /// Frames and header blocks that are not complete.
     unfinished: KeptBytes,
+    /// Since when nothing is read for want of memory.
+    unread_since: Option<Instant>,
 }
 
 impl<P: Send + 'static> Wire<P> {
@@ -154,7 +157,20 @@ impl<P: Send + 'static> Wire<P> {
         let WireShared { ending, turns, holding, stats, heads } = shared;
         let (writer, passage) = (SoleWriter::new(peer), Passage::new(budget, Instant::now()));
         let (last_word, unfinished) = (LastWord::default(), holding.keep(0));
-        Self { outbox, writer, passage, last_word, ending, turns, holding, stats, heads, unfinished }
+        let unread_since = None;
+        Self {
+            outbox,
+            writer,
+            passage,
+            last_word,
+            ending,
+            turns,
+            holding,
+            stats,
+            heads,
+            unfinished,
+            unread_since,
+        }
     }
 
     fn noted<R>(&self, result: io::Result<R>) -> io::Result<R> {
@@ -314,15 +330,22 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
             let plenty = this.holding.has_plenty();
             if !plenty && !this.turns.is_new() {
                 // What it asks further waits in the kernel where there is no memory for it. Its first request is let in.
-                if !this.holding.try_hold(HEADS_WITHOUT_ROOM) {
+                if this.holding.try_hold(HEADS_WITHOUT_ROOM) {
+                    this.holding.release(HEADS_WITHOUT_ROOM);
+                } else {
                     // Who has closed it gives back what it holds: were that waited for too, nobody would ever.
                     if this.outbox.stream().is_deserted() {
                         return Poll::Ready(Ok(()));
                     }
-                    this.turns.pauses().rest(Instant::now());
-                    return Poll::Pending;
+                    let now = Instant::now();
+                    let since = *this.unread_since.get_or_insert(now);
+                    // Whoever holds next to nothing is read in the end: what it asks is answered, or refused and told why.
+                    if now < since + FOR_ROOM || !this.holding.begins() {
+                        this.turns.pauses().rest(now);
+                        return Poll::Pending;
+                    }
                 }
-                this.holding.release(HEADS_WITHOUT_ROOM);
+                this.unread_since = None;
             }
             let most = buf.remaining().min(if plenty { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
             if !ready!(this.poll_some(cx, buf, most))? {

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use nix::sys::resource::{Resource, getrlimit};
 use procfs::process::{Process, Stat};
 
-use super::registry::{float, float_u64};
-use crate::os::heap;
+use super::registry::float_u64;
+use crate::os::{heap, open_files::open_files};
 
 /// The series of this process, under their usual names.
 pub(super) struct ProcessSeries {
@@ -31,8 +31,7 @@ impl ProcessSeries {
         };
         let cpu = own_stat().map(|stat| seconds(stat.utime + stat.stime));
         let resident = heap::resident().map(float_u64);
-        // One of them is the directory that is read. Not procfs: before Linux 6.2 it counts its own, and `.` and `..`.
-        let open = std::fs::read_dir("/proc/self/fd").ok().map(|fds| float(fds.count().saturating_sub(1)));
+        let open = open_files().map(float_u64);
         let most = getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _hard)| float_u64(soft));
         series(
             "gauge",

@@ -46,6 +46,16 @@ impl Confined {
         ["/bin/sh", "-c", "echo $$ > \"$0/cgroup.procs\"; exec \"$@\"", self.0.to_str().unwrap()]
     }
 
+    /// What the kernel keeps for it, in bytes.
+    fn kernel(&self) -> u64 {
+        let parsed = |text: &str| text.trim().parse().unwrap();
+        if let Ok(told) = fs::read_to_string(self.0.join("memory.kmem.usage_in_bytes")) {
+            return parsed(&told);
+        }
+        let stat = fs::read_to_string(self.0.join("memory.stat")).unwrap();
+        stat.lines().find_map(|line| line.strip_prefix("kernel ")).map_or(0, parsed)
+    }
+
     fn durward(&self, words: &[&str], config: &Path) -> Output {
         let [program, rest @ ..] = self.enter();
         let mut command = Command::new(program);
@@ -308,6 +318,58 @@ fn fetch_as_neighbour(place: &Place) -> Output {
     let mut command = Command::new(PROGRAM);
     command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
     command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR).output().unwrap()
+}
+
+/// Processes that live on, which end with this.
+struct Sleepers(Vec<std::process::Child>);
+
+impl Sleepers {
+    fn add(&mut self, count: usize) -> Vec<String> {
+        let more = (0..count).map(|_| Command::new("sleep").arg("600").spawn().unwrap());
+        let from = self.0.len();
+        self.0.extend(more);
+        self.0[from..].iter().map(|child| format!("/proc/{}", child.id())).collect()
+    }
+}
+
+impl Drop for Sleepers {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
+
+/// What the kernel keeps of names that were looked up, those of living processes among them, it drops when it needs memory: it is
+/// charged to the agent, and takes nobody's place.
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_the_kernel_keeps_are_not_used() {
+    const NAMES: u64 = 16 << 20;
+    let Some(cgroup) = Confined::make("names") else { return };
+    let place = Place::with("");
+    let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
+    let _client = agent.serving(place.dir()).await;
+    let (before, mut sleepers) = (cgroup.kernel(), Sleepers(Vec::new()));
+    while cgroup.kernel() < before + NAMES {
+        let looked_up = sleepers.add(20);
+        assert!(sleepers.0.len() < 2000, "{before} bytes, and now {}", cgroup.kernel());
+        let [program, rest @ ..] = cgroup.enter();
+        let mut find = Command::new(program);
+        find.args(rest).arg("find").args(looked_up).args(["-maxdepth", "3"]);
+        let output = find.output().unwrap();
+        assert!(!output.stdout.is_empty(), "{}", text(&output));
+    }
+    let filled = std::time::Instant::now();
+    // Memory is looked at every quarter of a second, or every second while nobody calls.
+    while filled.elapsed() < Duration::from_secs(2) {
+        let output = fetch_as_neighbour(&place);
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    let limits = place.ask(&["limits"]);
+    assert!(limits.contains("pressure: none"), "{limits}");
+    assert!(cgroup.kernel() > before + NAMES / 2, "the kernel dropped them before");
+    assert!(!agent.has_ended(), "{}", place.log());
 }
 
 /// Of a reserve that is larger than memory has room for less counts, and whoever looks hears how much.
