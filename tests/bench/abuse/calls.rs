@@ -26,6 +26,8 @@ pub(crate) enum Kind {
     Unknown,
     /// A body that is no message.
     BadMessage,
+    /// The same, and it is long.
+    LongMessage,
     /// Nothing; there are too many.
     Refused,
     /// A service that the agent has not.
@@ -39,6 +41,7 @@ impl Kind {
             Self::NoHeader => (block_without_header(BUNDLES), message(&[])),
             Self::Unknown => (block("/SpiffeWorkloadAPI/X"), message(&[])),
             Self::BadMessage => (block(BUNDLES), message(&[0xff])),
+            Self::LongMessage => (block(BUNDLES), message(&[0xff; 15_000])),
             Self::Refused => (block("/SpiffeWorkloadAPI/FetchJWTSVID"), jwt_request("abuse")),
             Self::Other => (block("/x/y"), message(&[])),
         }

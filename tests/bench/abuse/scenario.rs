@@ -156,6 +156,12 @@ pub(crate) const ALL: &[Scenario] = &[
         role: Role::Hot(Kind::BadMessage),
         ..PLAIN
     },
+    Scenario {
+        name: "longpb",
+        label: "long bodies that are no message",
+        role: Role::Hot(Kind::LongMessage),
+        ..PLAIN
+    },
     Scenario { name: "refused", label: "calls above the limit", role: Role::Hot(Kind::Refused), ..PLAIN },
     Scenario { name: "other", label: "unknown services", role: Role::Hot(Kind::Other), ..PLAIN },
     Scenario {
