@@ -88,6 +88,10 @@ impl AcceptGate for AuditedGate {
         Some(Arc::clone(self.gate.room()))
     }
 
+    fn has_begun(&self, place: &PlaceAtGate) {
+        self.gate.has_begun(&place.permit);
+    }
+
     fn refuse_begun(&self, place: &PlaceAtGate, peer: &Peer) -> ConnectionRefusal {
         let why = self.gate.refuse_begun(&place.permit);
         self.audit.not_let_in(AuditedProcess::from(peer), why);

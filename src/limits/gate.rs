@@ -15,7 +15,7 @@ use std::{
     collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -128,6 +128,10 @@ pub struct ConnectionPermit {
     place: Option<OpenPlace>,
     /// By what quota it paid a token of its caller's rate.
     paid: Option<Quota>,
+    /// Whose it is counted as, once it is certain that it is let in.
+    charged_as: Option<ChargedAs>,
+    /// It was counted, or is not to be.
+    counted: AtomicBool,
     holding: Arc<Holding>,
 }
 
@@ -335,9 +339,7 @@ impl Gate {
             }
         };
         let counters = &shared.ledger.counters;
-        if !rehearsed {
-            counters.count(Stage::Gate, None, charged_as, Decision::Allowed);
-        }
+        counters.let_in();
         let group = arriving.group;
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         if in_time {
@@ -350,7 +352,21 @@ impl Gate {
         state.total += 1;
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), paid, holding })
+        let charged_as = (!rehearsed).then_some(charged_as);
+        let counted = AtomicBool::new(false);
+        Ok(ConnectionPermit {
+            shared: Arc::clone(shared),
+            place: Some(place),
+            paid,
+            charged_as,
+            counted,
+            holding,
+        })
+    }
+
+    /// One that was let in begins to speak, and found memory for it: it is counted as let in. Whoever says nothing is when it ends.
+    pub fn has_begun(&self, permit: &ConnectionPermit) {
+        permit.count();
     }
 
     /// Refuses one after all that was let in and finds no memory now that it begins to speak: told and counted as one that finds
@@ -359,6 +375,7 @@ impl Gate {
         let Some(caller) = permit.place.as_ref().map(OpenPlace::caller) else {
             return ConnectionRefusal::AdminConnections;
         };
+        permit.counted.store(true, Relaxed);
         let shared = &self.shared;
         let plan = shared.plan.load();
         let now = shared.ledger.now();
@@ -385,7 +402,15 @@ impl Gate {
         state.admin += 1;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        Ok(ConnectionPermit { shared, place: None, paid: None, holding: Arc::default() })
+        let counted = AtomicBool::new(true);
+        Ok(ConnectionPermit {
+            shared,
+            place: None,
+            paid: None,
+            charged_as: None,
+            counted,
+            holding: Arc::default(),
+        })
     }
 
     /// Whether there is room.
@@ -817,10 +842,20 @@ impl ConnectionPermit {
     pub fn holding(&self) -> &Arc<Holding> {
         &self.holding
     }
+
+    /// Counts it as let in, unless that was done.
+    fn count(&self) {
+        if let Some(charged_as) = self.charged_as
+            && !self.counted.swap(true, Relaxed)
+        {
+            self.shared.ledger.counters.count(Stage::Gate, None, charged_as, Decision::Allowed);
+        }
+    }
 }
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
+        self.count();
         let mut state = self.shared.state();
         let Some(place) = &self.place else {
             state.admin = state.admin.saturating_sub(1);
