@@ -88,6 +88,10 @@ impl AcceptGate for AuditedGate {
         Some(Arc::clone(self.gate.room()))
     }
 
+    fn has_begun(&self, place: &PlaceAtGate) {
+        self.gate.has_begun(&place.permit);
+    }
+
     fn refuse_begun(&self, place: &PlaceAtGate, peer: &Peer) -> ConnectionRefusal {
         let why = self.gate.refuse_begun(&place.permit);
         self.audit.not_let_in(AuditedProcess::from(peer), why);
@@ -245,7 +249,20 @@ impl Means {
 
     /// What is set about limits, in words.
     pub(super) fn in_force(self, config: &Config) -> LimitsInForce {
-        config.ratelimit.in_force(self.memory, set_at(config))
+        let mut in_force = config.ratelimit.in_force(self.memory, set_at(config));
+        let MemoryBudget { bytes, from } = self.budget(config);
+        let whose = match from {
+            // It was an error.
+            BudgetFrom::Set => return in_force,
+            BudgetFrom::Cgroup => "the memory limit of the cgroup",
+            BudgetFrom::Machine => "the budget, a part of the machine's memory,",
+        };
+        // A cache gives way when memory is short, and whoever comes from spire-agent may have set one of any size.
+        let of_caches = config.caches.beyond(bytes, whose, set_at(config)).into_iter();
+        in_force.wrong.extend(of_caches.map(|BeyondBudget { key, value, why }| {
+            format!("{key} {value}: {why} (until then it is emptied whenever memory is short)")
+        }));
+        in_force
     }
 
     /// What fits of what is set.

@@ -294,7 +294,13 @@ fn read(input: &Input<'_>, problems: &Problems) -> Option<Config> {
         root.finish();
     }
     let entries = entries.finish();
-    let context = ratelimit::Context { problems, trust_domain: own, user_id: input.user_id, no_pods };
+    let context = ratelimit::Context {
+        problems,
+        trust_domain: own,
+        user_id: input.user_id,
+        no_pods,
+        caches: &agent.caches,
+    };
     let ratelimit = context.settings(limits, agent.spire_limits);
     // Another stands in for one that is wrong, so that the places are looked at all the same: with a mistake nobody goes by it.
     let stand_in = || TrustDomain::parse("example.org").ok().filter(|_| problems.has_any());

@@ -134,10 +134,13 @@ impl Context<'_> {
         self.problems.add(key.place, &key.name, Some(key.limit.to_string()), message);
     }
 
-    /// Says what can never be had within `budget` bytes.
+    /// Says what can never be had within `budget` bytes, which somebody set.
     fn within(&self, budget: u64, settings: &LimitSettings) {
         let set_at = |key| self.problems.noted(key).map(|place| self.problems.show(place));
-        for BeyondBudget { key, value, why } in settings.beyond(budget, "memory.limit", set_at) {
+        let of_caches = self.caches.beyond(budget, "ratelimit.memory.limit", set_at);
+        for BeyondBudget { key, value, why } in
+            settings.beyond(budget, "memory.limit", set_at).into_iter().chain(of_caches)
+        {
             if let Some(place) = self.problems.noted(key) {
                 self.problems.add(place, key, Some(value.to_string()), why);
             }

@@ -137,14 +137,24 @@ impl Counters {
         self.served.load(Relaxed)
     }
 
-    /// Counts a decision; the gate has no method.
-    pub(super) fn count(&self, stage: Stage, method: Option<Method>, key: ChargedAs, decision: Decision) {
+    /// A connection was let in, which is counted once it is certain that it stays so.
+    pub(super) fn let_in(&self) {
+        self.stir();
+        self.served.fetch_add(1, Relaxed);
+    }
+
+    /// Wakes who sleeps until the next decision.
+    fn stir(&self) {
         // Written only where somebody waits: every call comes by here.
         if self.awaited.load(Relaxed) && self.awaited.swap(false, Relaxed) {
             self.stirred.notify_one();
         }
-        let let_in = matches!(stage, Stage::Gate | Stage::Caller) && decision == Decision::Allowed;
-        if let_in {
+    }
+
+    /// Counts a decision; the gate has no method.
+    pub(super) fn count(&self, stage: Stage, method: Option<Method>, key: ChargedAs, decision: Decision) {
+        self.stir();
+        if stage == Stage::Caller && decision == Decision::Allowed {
             self.served.fetch_add(1, Relaxed);
         }
         let decision = match decision {

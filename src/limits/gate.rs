@@ -12,7 +12,10 @@
 //! is told to their [`Holding`]; who holds how much is in [`accounts`](super::accounts), and never forgotten.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -114,6 +117,10 @@ pub struct ConnectionPermit {
     place: Option<OpenPlace>,
     /// By what quota it paid a token of its caller's rate.
     paid: Option<Quota>,
+    /// Whose it is counted as, once it is certain that it is let in.
+    charged_as: Option<ChargedAs>,
+    /// It was counted, or is not to be.
+    counted: AtomicBool,
     holding: Arc<Holding>,
 }
 
@@ -320,9 +327,7 @@ impl Gate {
             }
         };
         let counters = &shared.ledger.counters;
-        if !rehearsed {
-            counters.count(Stage::Gate, None, charged_as, Decision::Allowed);
-        }
+        counters.let_in();
         let group = arriving.group;
         let (place, holding) = state.accounts.add(caller, group, budget::PARKED);
         if in_time {
@@ -335,7 +340,21 @@ impl Gate {
         state.total += 1;
         counters.connections.set(f64::from(state.total));
         drop(state);
-        Ok(ConnectionPermit { shared: Arc::clone(shared), place: Some(place), paid, holding })
+        let charged_as = (!rehearsed).then_some(charged_as);
+        let counted = AtomicBool::new(false);
+        Ok(ConnectionPermit {
+            shared: Arc::clone(shared),
+            place: Some(place),
+            paid,
+            charged_as,
+            counted,
+            holding,
+        })
+    }
+
+    /// One that was let in begins to speak, and found memory for it: it is counted as let in. Whoever says nothing is when it ends.
+    pub fn has_begun(&self, permit: &ConnectionPermit) {
+        permit.count();
     }
 
     /// Refuses one after all that was let in and finds no memory now that it begins to speak: told and counted as one that finds
@@ -344,6 +363,7 @@ impl Gate {
         let Some(caller) = permit.place.as_ref().map(OpenPlace::caller) else {
             return ConnectionRefusal::AdminConnections;
         };
+        permit.counted.store(true, Relaxed);
         let shared = &self.shared;
         let plan = shared.plan.load();
         let now = shared.ledger.now();
@@ -370,7 +390,15 @@ impl Gate {
         state.admin += 1;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        Ok(ConnectionPermit { shared, place: None, paid: None, holding: Arc::default() })
+        let counted = AtomicBool::new(true);
+        Ok(ConnectionPermit {
+            shared,
+            place: None,
+            paid: None,
+            charged_as: None,
+            counted,
+            holding: Arc::default(),
+        })
     }
 
     /// Whether there is room.
@@ -705,10 +733,20 @@ impl ConnectionPermit {
     pub fn holding(&self) -> &Arc<Holding> {
         &self.holding
     }
+
+    /// Counts it as let in, unless that was done.
+    fn count(&self) {
+        if let Some(charged_as) = self.charged_as
+            && !self.counted.swap(true, Relaxed)
+        {
+            self.shared.ledger.counters.count(Stage::Gate, None, charged_as, Decision::Allowed);
+        }
+    }
 }
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
+        self.count();
         let mut state = self.shared.state();
         let Some(place) = &self.place else {
             state.admin = state.admin.saturating_sub(1);

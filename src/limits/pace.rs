@@ -65,7 +65,7 @@ const A_WHILE: Duration = Duration::from_secs(60);
 
 /// What went wrong for whom, as the log has it: by caller and reason, one line at once, one a minute while it goes
 /// on, and one when it is over. There are [`COMPLAINTS`] pairs of them at most; what comes beyond is one line a minute for
-/// all. That bounds the lines, whoever calls and how often.
+/// all. That bounds the lines to `2 x COMPLAINTS + 1` a minute, whoever calls and how often.
 #[derive(Debug)]
 pub struct Complaints<R>(Mutex<ComplaintTable<R>>);
 
@@ -242,5 +242,23 @@ mod tests {
         assert_eq!(lines, 3 * (COMPLAINTS + 1));
         // All but what came after the last lines.
         assert_eq!(told, 121 * 10_000);
+    }
+
+    /// Callers that come and go have two lines each, and leave room for others after a minute.
+    #[test]
+    fn a_crowd_of_others_each_minute_is_no_more_lines() {
+        let complaints = Complaints::default();
+        let start = Instant::now();
+        let minutes = 5;
+        let mut lines = 0;
+        for second in 0..60 * minutes {
+            lines += complaints.settle(start + SECOND * second).len();
+            for uid in (0..10_000).filter(|_| second % 60 < 2) {
+                let caller = CallerKey::Uid(10_000 * (second / 60) + uid);
+                lines += usize::from(complaints.note(caller, (), start + SECOND * second).is_some());
+            }
+        }
+        let most = usize::try_from(minutes).unwrap() * (2 * COMPLAINTS + 1);
+        assert!((COMPLAINTS * 2..=most).contains(&lines), "{lines} lines, at most {most}");
     }
 }

@@ -38,6 +38,9 @@ pub trait AcceptGate: Send + Sync + 'static {
         None
     }
 
+    /// One that was let in begins to speak, and there is memory for it. By default nobody counts them.
+    fn has_begun(&self, _permit: &Self::Permit) {}
+
     /// One that was let in begins to speak, and there is no memory for it: it is refused after all, and that is counted.
     fn refuse_begun(&self, _permit: &Self::Permit, _peer: &Peer) -> ConnectionRefusal {
         ConnectionRefusal::MemoryTaken

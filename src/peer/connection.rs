@@ -106,7 +106,7 @@ impl<G: AcceptGate> Connection<G> {
             Err(why) => Err(Unserved::Ended(why)),
         };
         match begins {
-            Ok(()) => {}
+            Ok(()) => stream.place().into_iter().for_each(|place| self.gate.has_begun(place)),
             Err(Unserved::Ended(why)) => {
                 self.open.why = why;
                 return;

@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use crate::hcl::settings::settings;
+use crate::{
+    hcl::settings::settings,
+    limits::{
+        beyond_budget::BeyondBudget,
+        budget::{CACHED_JWT_SVID, CACHED_X509_SVID},
+    },
+};
 
 const MIN_AVAILABILITY_TARGET: Duration = Duration::from_secs(24 * 3600);
 
@@ -28,6 +34,33 @@ settings! {
         "x509_svid_cache_max_size" x509_svids: CacheSize = CacheSize::DEFAULT, integer(0..=CacheSize::MAX), reloads;
         /// JWT-SVIDs.
         "jwt_svid_cache_max_size" jwt_svids: CacheSize = CacheSize::DEFAULT, integer(0..=CacheSize::MAX), reloads;
+    }
+}
+
+impl CacheSettings {
+    /// Which caches take more than a budget of so many bytes when they are full: `whose` is what sets it, and `set_at` where a
+    /// key is set.
+    pub fn beyond(
+        &self,
+        budget: u64,
+        whose: &str,
+        set_at: impl Fn(&'static str) -> Option<String>,
+    ) -> Vec<BeyondBudget> {
+        let sizes = [
+            ("agent.x509_svid_cache_max_size", self.x509_svids, CACHED_X509_SVID),
+            ("agent.jwt_svid_cache_max_size", self.jwt_svids, CACHED_JWT_SVID),
+        ];
+        let beyond = sizes.into_iter().filter_map(|(key, size, each)| {
+            let value = u32::try_from(size.count()).unwrap_or(u32::MAX);
+            let (takes, fit) = (u64::from(value) * each, budget / each);
+            let why = || {
+                format!(
+                    "takes {takes} bytes when it is full, and {whose} is {budget}: it must be at most {fit}"
+                )
+            };
+            (takes > budget && set_at(key).is_some()).then(|| BeyondBudget { key, value, why: why() })
+        });
+        beyond.collect()
     }
 }
 

@@ -189,6 +189,14 @@ async fn what_the_cgroup_cannot_give_is_an_error_with_its_place() {
     let said = place.ask(&["reload"]);
     assert!(!said.contains("ratelimit.keys 18724"), "as many as fit: {said}");
     assert!(cgroup.durward(&["validate"], place.dir()).status.success());
+    // That gives way by itself, and is no error, as nobody set what it contradicts.
+    place.set("} agent { x509_svid_cache_max_size = 10000000");
+    let checked = cgroup.durward(&["validate"], place.dir());
+    assert!(checked.status.success(), "{}", text(&checked));
+    let said = place.ask(&["reload"]);
+    let status =
+        place.told(&["status"], "Wrong:        agent.x509_svid_cache_max_size 10000000: takes 40960000000");
+    assert!(status.contains("the memory limit of the cgroup is 25165824"), "{said}: {status}");
     assert!(!agent.has_ended(), "{}", place.log());
 }
 
@@ -277,6 +285,7 @@ async fn what_does_not_fit_a_part_of_the_machine_is_said() {
         ("a reserve", 1024, "gate { reserve = 10000 }", true, Some(beyond_part)),
         ("a step", 512, "memory { shrink_caches_at = 3 }", true, Some("memory would always be short")),
         ("keys that the machine cannot have", 1024, "keys = 16777216", true, Some(beyond_part)),
+        ("a cache", 1024, "} agent { x509_svid_cache_max_size = 70000", true, Some(beyond_part)),
         (
             "a limit that is set",
             1024,

@@ -1350,7 +1350,20 @@ async fn who_finds_no_memory_to_begin_is_refused_by_name() {
         name.starts_with("durward_rate_limit_exceeded_total") && name.contains(r#"stage="node""#)
     });
     assert_eq!(of_node.map(|(_, count)| *count).sum::<f64>(), 2.0, "{text:?}");
+    // Nor is it counted as let in; who begins is, or who leaves without a word.
+    let allowed = || {
+        let series = "durward_rate_limit_allowed_total{method=\"connect\",stage=\"gate\",key_type=\"uid\"}";
+        let text = text_of(&recorder);
+        let of_series = text.iter().filter(|(name, _)| labels_of(name) == labels_of(series));
+        of_series.map(|(_, count)| *count).sum::<f64>()
+    };
     drop((large, small));
+    let (begins, silent) = (gate.open(hog).unwrap(), gate.open(hog).unwrap());
+    assert_eq!(allowed(), 0.0);
+    gate.has_begun(&begins);
+    assert_eq!(allowed(), 1.0);
+    drop((begins, silent));
+    assert_eq!(allowed(), 2.0);
     let held: Vec<ConnectionPermit> = (0..9).map_while(|_| gate.open(polite).ok()).collect();
     assert_eq!(held.len(), 5, "it has its whole burst");
 }

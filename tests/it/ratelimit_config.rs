@@ -47,6 +47,44 @@ fn settings(inner: &str) -> Result<LimitSettings, String> {
     load(&format!("{LEAST}ratelimit {{ {inner} }}"), &[]).map(|config| config.ratelimit)
 }
 
+/// A cache that a budget which somebody set cannot hold contradicts it. Without one it is the start that looks.
+#[test]
+fn a_cache_that_alone_passes_the_budget_is_an_error_at_its_key() {
+    const X509: &str = "x509_svid_cache_max_size";
+    const JWT: &str = "jwt_svid_cache_max_size";
+    let limited = "ratelimit { memory { limit = \"24MiB\" } }";
+    for (case, key, size, limit, want) in [
+        ("as many as fit", X509, 6144, limited, Ok(())),
+        (
+            "one more",
+            X509,
+            6145,
+            limited,
+            Err(
+                "takes 25169920 bytes when it is full, and ratelimit.memory.limit is 25165824: it must be at most 6144",
+            ),
+        ),
+        ("as many as fit", JWT, 12_288, limited, Ok(())),
+        (
+            "the most",
+            JWT,
+            10_000_000,
+            limited,
+            Err(
+                "takes 20480000000 bytes when it is full, and ratelimit.memory.limit is 25165824: it must be at most 12288",
+            ),
+        ),
+        ("no limit is set", X509, 10_000_000, "", Ok(())),
+        ("the default", X509, 0, "ratelimit { memory { limit = \"8MiB\" } }", Ok(())),
+    ] {
+        let text = format!(
+            "issuer \"embedded\" {{ }}\nagent {{ trust_domain = \"example.org\"\n{key} = {size} }}\n{limit}"
+        );
+        let want = want.map_err(|why| format!("agent.conf:3:1: agent.{key} {size}: {why}"));
+        assert_eq!(load(&text, &[]).map(|_| ()).map_err(|said| said.trim_end().to_owned()), want, "{case}");
+    }
+}
+
 fn quota(rate: f64, per: Per, burst: u32) -> Limit {
     Limit::Quota(Quota::new(rate, per, burst).unwrap())
 }

@@ -19,6 +19,7 @@ use crate::{
         refusal::Stage,
         rule::Rule,
     },
+    store::CacheSettings,
 };
 
 /// So many overrides that contradict another are named, one by one.
@@ -32,6 +33,7 @@ pub(in crate::config) struct Context<'a> {
     pub(in crate::config) user_id: &'a dyn Fn(&str) -> Result<Option<u32>, NoAnswer>,
     /// Whether `agent.kubernetes` says that no caller is a pod.
     pub(in crate::config) no_pods: bool,
+    pub(in crate::config) caches: &'a CacheSettings,
 }
 
 /// Where a rule stands, and the full name of its block.
