@@ -364,6 +364,34 @@ impl Filter {
         block.saturating_add(frame)
     }
 
+    /// How many of the bytes that come next are whole frames that begin nothing: answers to PING and SETTINGS, PINGs, windows, and
+    /// ends of streams. They take no memory, and some give it back.
+    pub(super) fn begins_nothing(&self, bytes: &[u8]) -> usize {
+        const RST_STREAM: u8 = 3;
+        const SETTINGS: u8 = 4;
+        const PING: u8 = 6;
+        const WINDOW_UPDATE: u8 = 8;
+        const ACK: u8 = 0x1;
+        if self.in_block || !matches!(self.at, Position::Head { passed: 0, .. }) {
+            return 0;
+        }
+        let mut rest = bytes;
+        while let Some((head, payload)) = rest.split_first_chunk::<9>() {
+            let [0, 0, length, kind, flags, ..] = *head else { break };
+            let is_one = match kind {
+                PING => length == 8,
+                WINDOW_UPDATE | RST_STREAM => length == 4,
+                SETTINGS => length == 0 && flags == ACK,
+                _ => false,
+            };
+            match payload.get(usize::from(length)..) {
+                Some(behind) if is_one => rest = behind,
+                _ => break,
+            }
+        }
+        bytes.len() - rest.len()
+    }
+
     /// At a frame's head: the one before it is complete.
     fn note_whole(&mut self) {
         if !self.in_block
@@ -533,6 +561,35 @@ mod tests {
     fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
         let [_, l0, l1, l2] = u32::try_from(payload.len()).unwrap().to_be_bytes();
         [&[l0, l1, l2, kind, flags, 0, 0, 0, stream], payload].concat()
+    }
+
+    /// Whole ones alone, and none behind a frame or a block that is not complete.
+    #[test]
+    fn what_begins_nothing_is_told_from_the_rest() {
+        let now = Instant::now();
+        let pong = frame(6, 1, 0, &[0; 8]);
+        let window = frame(8, 0, 1, &[0, 0, 1, 0]);
+        let all = [pong.clone(), window, frame(4, 1, 0, &[]), frame(3, 0, 1, &[0, 0, 0, 8])].concat();
+        let request = frame(1, 4, 3, &[0x83]);
+        for (case, passed, next, want) in [
+            ("nothing", &[][..], vec![], 0),
+            ("all kinds", &[], all.clone(), all.len()),
+            ("up to a request", &[], [&all[..], &request].concat(), all.len()),
+            ("a request", &[], [&request[..], &all].concat(), 0),
+            ("a part of one", &[], all[..all.len() - 1].to_vec(), all.len() - 13),
+            ("a part of a head", &[], pong[..8].to_vec(), 0),
+            ("a body", &[], frame(0, 0, 1, &[0; 8]), 0),
+            ("settings that change something", &[], frame(4, 0, 0, &[0; 6]), 0),
+            ("of another length", &[], frame(6, 1, 0, &[0; 9]), 0),
+            ("within a frame", &request[..9], pong.clone(), 0),
+            ("within a block", &frame(1, 0, 3, &[0x83]), pong.clone(), 0),
+            ("behind a whole one", &request, pong.clone(), pong.len()),
+        ] {
+            let mut filter = Filter::new(FrameBudget::DEFAULT, now);
+            let mut before = [PREFACE, passed].concat();
+            filter.pass(&mut before, || now).unwrap();
+            assert_eq!(filter.begins_nothing(&next), want, "{case}");
+        }
     }
 
     /// What is not complete is what HTTP/2 keeps.

@@ -1,11 +1,12 @@
 //! The reply to a connection that is refused: a gRPC status for its first request, and a GOAWAY.
 //!
-//! A close alone says nothing of why, nor when to come back. But an answer costs more than a close, and has to wait for
-//! a request that may never come: so only the first few of a family are answered, a bounded number at a time, each within
-//! two seconds; the crowd behind them is closed. One that was let in, and found no memory for its first byte, is answered in the
-//! same way. There is no HTTP/2 state: SETTINGS first, or some clients wait for
-//! them until their deadline, and empty ones, which the agent sends to nobody that it serves; then everything is skipped up
-//! to the first HEADERS, which need not be understood. Not trusted: anything that is sent.
+//! A close alone says nothing of why, nor when to come back. But an answer costs more than a close, and has to wait
+//! for a request that may never come: so only the first few of a family are answered, a bounded number at a time,
+//! each within two seconds, and whoever comes one after the other; the crowd behind them is closed. One that was let
+//! in, and found no memory for its first byte, is answered in the same way. There is no HTTP/2 state: SETTINGS first,
+//! or some clients wait for them until their deadline, and empty ones, which the agent sends to nobody that it
+//! serves; then everything is skipped up to the first HEADERS, which need not be understood. Not trusted: anything
+//! that is sent.
 
 use std::{
     collections::VecDeque,
@@ -34,9 +35,9 @@ use crate::{
     os::receive::{Received, receive},
 };
 
-/// How many of a family are answered in [`WITHIN`], and so at a time.
+/// How many of a family are answered in [`WITHIN`], and so at a time; one after the other it may be more.
 const OF_FAMILY: usize = 2;
-/// How many of all are, in that time.
+/// How many of all are, in that time. Half of them are for those first few of a family alone.
 const RECENT: usize = 64;
 /// How long an answer may take, from accept to the client's end.
 const WITHIN: Duration = Duration::from_secs(2);
@@ -81,14 +82,18 @@ pub(super) struct ReplyPlaces(Mutex<ReplyCounts>);
 
 #[derive(Debug, Default)]
 struct ReplyCounts {
-    going: usize,
+    /// Families of those that are answered.
+    going: Vec<u64>,
     /// When, and to whom, the last ones began.
     recent: VecDeque<(Instant, u64)>,
 }
 
 /// One that may be answered. There is a place for another when this is dropped.
 #[derive(Debug)]
-pub(super) struct ReplyPlace(Arc<ReplyPlaces>);
+pub(super) struct ReplyPlace {
+    places: Arc<ReplyPlaces>,
+    family: u64,
+}
 
 impl ReplyPlaces {
     fn lock(&self) -> MutexGuard<'_, ReplyCounts> {
@@ -102,20 +107,24 @@ impl ReplyPlaces {
         while recent.front().is_some_and(|(began, _)| now.saturating_duration_since(*began) >= WITHIN) {
             recent.pop_front();
         }
-        let may = *going < REPLIES
-            && recent.len() < RECENT
-            && recent.iter().filter(|(_, of)| *of == family).count() < OF_FAMILY;
+        let has_had = recent.iter().filter(|(_, of)| *of == family).count();
+        // Whoever comes one after the other, and waits for its answer, hears it each time.
+        let alone = !going.contains(&family) && recent.len() < RECENT / 2;
+        let may = going.len() < REPLIES && recent.len() < RECENT && (has_had < OF_FAMILY || alone);
         may.then(|| {
             recent.push_back((now, family));
-            *going += 1;
-            ReplyPlace(Arc::clone(self))
+            going.push(family);
+            ReplyPlace { places: Arc::clone(self), family }
         })
     }
 }
 
 impl Drop for ReplyPlace {
     fn drop(&mut self) {
-        self.0.lock().going -= 1;
+        let mut counts = self.places.lock();
+        if let Some(at) = counts.going.iter().position(|family| *family == self.family) {
+            counts.going.swap_remove(at);
+        }
     }
 }
 
@@ -353,8 +362,12 @@ mod tests {
         let replies = Arc::<ReplyPlaces>::default();
         let now = Instant::now();
         let begin = |family: u64, now: Instant| replies.take(family, now).is_some();
-        assert_eq!([1, 1, 1, 2].map(|family| begin(family, now)), [true, true, false, true]);
-        assert_eq!((10..200).filter(|family| begin(*family, now)).count(), RECENT - 3);
+        let at_once = [1, 1, 1, 2].map(|family| replies.take(family, now));
+        assert_eq!(at_once.each_ref().map(Option::is_some), [true, true, false, true]);
+        drop(at_once);
+        let one_after_the_other = (0..RECENT).filter(|_| begin(1, now)).count();
+        assert_eq!(one_after_the_other, RECENT / 2 - 3, "the rest is for others");
+        assert_eq!((10..200).filter(|family| begin(*family, now)).count(), RECENT / 2);
         assert!(!begin(1, now + WITHIN / 2) && begin(1, now + WITHIN), "later there are more");
         let later = now + 3 * WITHIN;
         let mut going: Vec<ReplyPlace> = (10..200).map_while(|family| replies.take(family, later)).collect();

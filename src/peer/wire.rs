@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, AsRawFd as _},
     pin::Pin,
     sync::{
         Arc, LazyLock,
@@ -16,6 +16,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     time::Instant,
@@ -57,6 +58,9 @@ const AT_ONCE: usize = 2 * 1024;
 const AT_ONCE_WITHOUT_ROOM: usize = 512;
 /// What so few bytes make HTTP/2 hold, if they are heads of the shortest kind.
 const HEADS_WITHOUT_ROOM: u64 = 8 * HEAD;
+
+/// How much of what waits is looked at for frames that begin nothing: some seven of them.
+const BEGINS_NOTHING: usize = 128;
 
 /// How a connection ended, as far as its bytes tell. Shared with the task that serves it.
 #[derive(Debug, Default)]
@@ -225,6 +229,25 @@ impl<P: Send + 'static> Wire<P> {
         }
     }
 
+    /// Waits for bytes, and leaves them where they are. Ready with how many of them are whole frames that begin nothing.
+    fn poll_what_begins_nothing(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let stream = self.outbox.stream();
+        let (socket, mut bytes) = (stream.socket(), [0; BEGINS_NOTHING]);
+        loop {
+            ready!(socket.poll_read_ready(cx))?;
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let seen = || Ok(recv(stream.as_fd().as_raw_fd(), &mut bytes, flags)?);
+            match socket.try_io(Interest::READABLE, seen) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                seen => {
+                    let seen = seen?;
+                    let seen = bytes.get(..seen).unwrap_or_default();
+                    return Poll::Ready(Ok(self.passage.filter().begins_nothing(seen)));
+                }
+            }
+        }
+    }
+
     /// Reads up to `most` bytes behind what fills `buf`, and lets them pass. Ready with whether the peer wrote some.
     fn poll_some(
         &mut self,
@@ -328,10 +351,12 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
                 return Poll::Pending;
             }
             let plenty = this.holding.has_plenty();
+            let mut most = if plenty { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM };
             if !plenty && !this.turns.is_new() {
                 // What it asks further waits in the kernel where there is no memory for it. Its first request is let in.
                 if this.holding.try_hold(HEADS_WITHOUT_ROOM) {
                     this.holding.release(HEADS_WITHOUT_ROOM);
+                    this.unread_since = None;
                 } else {
                     // Who has closed it gives back what it holds: were that waited for too, nobody would ever.
                     if this.outbox.stream().is_deserted() {
@@ -341,13 +366,18 @@ impl<P: Send + Unpin + 'static> AsyncRead for Wire<P> {
                     let since = *this.unread_since.get_or_insert(now);
                     // Whoever holds next to nothing is read in the end: what it asks is answered, or refused and told why.
                     if now < since + FOR_ROOM || !this.holding.begins() {
-                        this.turns.pauses().rest(now);
-                        return Poll::Pending;
+                        // Who answers a PING is there: unheard, it would be cut off for a memory that others want.
+                        most = ready!(this.poll_what_begins_nothing(cx))?;
+                        if most == 0 {
+                            this.turns.pauses().rest(now);
+                            return Poll::Pending;
+                        }
+                    } else {
+                        this.unread_since = None;
                     }
                 }
-                this.unread_since = None;
             }
-            let most = buf.remaining().min(if plenty { AT_ONCE } else { AT_ONCE_WITHOUT_ROOM });
+            let most = buf.remaining().min(most);
             if !ready!(this.poll_some(cx, buf, most))? {
                 return if this.ending.another_writer.load(Relaxed) {
                     Poll::Pending

@@ -389,6 +389,72 @@ async fn who_finds_no_memory_for_its_first_byte_hears_why() {
     server.drain().await;
 }
 
+/// Answers every PING for so long, and reads on. How many they were.
+async fn answers_pings(stream: &mut UnixStream, time: Duration) -> usize {
+    const HEAD: [u8; 9] = [0, 0, 8, PING, 0, 0, 0, 0, 0];
+    let (mut got, mut pings) = (Vec::new(), 0);
+    let until = tokio::time::Instant::now() + time;
+    while let Ok(read) = tokio::time::timeout_at(until, stream.read_buf(&mut got)).await {
+        assert!(read.unwrap() > 0, "it was closed after {pings}");
+        while let Some(at) = got.windows(17).position(|frame| frame.starts_with(&HEAD)) {
+            let payload: Vec<u8> = got.drain(..at + 17).skip(at + 9).collect();
+            stream.write_all(&frame(PING, 1, 0, &payload)).await.unwrap();
+            pings += 1;
+        }
+    }
+    pings
+}
+
+/// While there is no memory nothing further is heard of who holds its share, but that it is there: so it stays, and is heard as soon
+/// as there is some. Who does not answer goes.
+#[tokio::test(start_paused = true)]
+async fn who_answers_pings_stays_where_nothing_further_is_read() {
+    // With so many it holds more than one that begins.
+    const STREAMS: usize = 12;
+    let server = Server::within(64 << 20);
+    let never = |count| std::iter::repeat_n("/never".to_owned(), count);
+    let (mut here, _) = raw(&server, 1 << 16, never(STREAMS)).await;
+    let (_silent, _) = raw(&server, 1 << 16, never(1)).await;
+    let made = || server.ways.made.load(SeqCst);
+    until("all are answered", || made() == STREAMS + 1).await;
+    let hog = server.keeper.gate.open(CallerKey::Uid(1)).unwrap();
+    hog.holding().hold(60 << 20);
+    server.keeper.gate.look(None, 0);
+    let pings = answers_pings(&mut here, Duration::from_secs(100)).await;
+    assert!(pings >= 2, "{pings}");
+    server.ended(ConnectionEnd::KeepAlive, 1).await;
+    assert_eq!(server.stats.open(), 1);
+
+    let stream = u32::try_from(1 + 2 * STREAMS).unwrap();
+    let call = frame(HEADERS, END_HEADERS | END_STREAM, stream, &block("/bytes/9"));
+    here.write_all(&call).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(made(), STREAMS + 1, "it waits where it is");
+    hog.holding().release(60 << 20);
+    until("it is answered", || made() == STREAMS + 2).await;
+    drop((here, hog));
+    server.drain().await;
+}
+
+/// Whoever holds next to nothing is heard all the same, if not at once: it asks for what is its own, or hears why it has to wait.
+#[tokio::test(start_paused = true)]
+async fn who_holds_next_to_nothing_is_read_without_memory() {
+    let server = Server::within(64 << 20);
+    let (mut one, _) = raw(&server, 1 << 16, ["/bytes/9".to_owned()]).await;
+    let made = || server.ways.made.load(SeqCst);
+    until("it is answered", || made() == 1).await;
+    let hog = server.keeper.gate.open(CallerKey::Uid(1)).unwrap();
+    hog.holding().hold(64 << 20);
+    server.keeper.gate.look(Some(64 << 20), 0);
+    for (stream, nth) in [(3, 2), (5, 3)] {
+        let call = frame(HEADERS, END_HEADERS | END_STREAM, stream, &block("/bytes/9"));
+        one.write_all(&call).await.unwrap();
+        until("it is answered", || made() == nth).await;
+    }
+    drop((one, hog));
+    server.drain().await;
+}
+
 #[tokio::test]
 async fn who_is_told_to_come_back_may_finish() {
     let server = Server::start();
