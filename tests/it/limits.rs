@@ -232,6 +232,7 @@ fn a_refusal_says_what_was_short_and_whose() {
             charged_as,
             reason,
             retry_after,
+            each: Duration::ZERO,
             shed: false,
             status,
             origin,
