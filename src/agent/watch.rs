@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::meter::MemoryMeter;
+use super::{
+    meter::MemoryMeter,
+    short_processor::{ShortProcessor, Turn},
+};
 use crate::{
     api::Journal,
     attest::Attestor,
@@ -80,6 +83,7 @@ impl Watch {
         // When, and how short memory was.
         let mut emptied: Option<(u32, Pressure)> = None;
         let mut growth = HeapGrowth::default();
+        let mut processor = ShortProcessor::default();
         let mut ticks = 1;
         loop {
             let emptied_at = emptied.map_or(Pressure::None, |(at, then)| {
@@ -93,6 +97,7 @@ impl Watch {
             tick = tick.wrapping_add(ticks);
             if tick / TICKS_PER_REPORT != before / TICKS_PER_REPORT {
                 self.report();
+                self.tell_of_processor(&mut processor);
                 let without_files = |set: Option<ResidentSet>| set.map_or(0, |set| set.without_files);
                 if growth.is_over(without_files(resident)) {
                     heap::trim();
@@ -200,6 +205,22 @@ impl Watch {
         }
     }
 
+    /// Says when the processor begins to be short, and when it no longer is.
+    fn tell_of_processor(&self, processor: &mut ShortProcessor) {
+        let cores = self.gate.processor_share().text();
+        match processor.look(self.limits.room().is_short(Short::Processor), Instant::now()) {
+            Some(Turn::Began) => tracing::warn!(
+                cores,
+                "processor limit: the agent uses or waits for more of the processor than it may, so what holds by default binds"
+            ),
+            Some(Turn::Ended { lasted }) => {
+                let seconds = lasted.as_secs();
+                tracing::info!(cores, seconds, "processor limit: the agent has processor time again");
+            }
+            None => {}
+        }
+    }
+
     /// Says who was refused for want of room.
     fn tell_of_refusal(&self, refused: &OutOfRoom) {
         let OutOfRoom { caller, head, refusal, held, share } = *refused;
@@ -210,6 +231,16 @@ impl Watch {
         let short_of = refusal.text();
         let limit = match refusal {
             ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => "memory limit",
+            ConnectionRefusal::Processor => {
+                tracing::warn!(
+                    caller = %caller,
+                    short_of,
+                    held,
+                    rate = self.gate.rate_of(refused.caller),
+                    "processor limit: caller connects more often than its rate, and is refused until there is processor time"
+                );
+                return;
+            }
             _ => "connection limit",
         };
         // Where nobody has reckoned it, anybody may have all.

@@ -51,8 +51,8 @@ use crate::{
 const TOP: u32 = 10;
 /// The most of the heaviest that are told.
 pub const MOST: u32 = 1000;
-/// What there may be no room of beside connections, as people are told.
-const SHORTAGES: [(Short, &str); 2] = [(Short::Memory, "memory"), (Short::Processor, "processor")];
+/// What there may be no room of beside connections.
+const SHORTAGES: [Short; 2] = [Short::Memory, Short::Processor];
 /// How many are told of those who take from a bucket, and as many of those who go without.
 const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
@@ -265,11 +265,10 @@ impl AdminParts {
 
     /// Of what there is no room.
     fn short_of(&self) -> Vec<String> {
-        let is_short =
-            |(short, name): &(Short, &'static str)| self.limits.room().is_short(*short).then_some(*name);
-        let mut all: Vec<&str> = SHORTAGES.iter().filter_map(is_short).collect();
+        let is_short = |short: &Short| self.limits.room().is_short(*short);
+        let mut all: Vec<&str> = SHORTAGES.into_iter().filter(is_short).map(Short::text).collect();
         // Memory first, and the processor last.
-        let at = all.len().min(usize::from(all.first() == Some(&"memory")));
+        let at = all.len().min(usize::from(all.first() == Some(&Short::Memory.text())));
         if let Some(places) = self.gate.lacks_places() {
             all.insert(at, places);
         }

@@ -71,7 +71,15 @@ impl GateState {
             ConnectionRefusal::Descriptors | ConnectionRefusal::NodeConnections => {
                 (u64::from(it.group_open), self.connections.share())
             }
-            _ => return,
+            // It is short of no place, and has no share but its rate.
+            ConnectionRefusal::Processor => (u64::from(it.group_open), u64::MAX),
+            ConnectionRefusal::Unidentified
+            | ConnectionRefusal::Blocked
+            | ConnectionRefusal::CallerConnections
+            | ConnectionRefusal::CallerRate
+            | ConnectionRefusal::OverflowRate
+            | ConnectionRefusal::NotOwner
+            | ConnectionRefusal::AdminConnections => return,
         };
         let head = it.plan.families.head(it.caller);
         self.out_of_room.note(OutOfRoom { caller: it.caller, head, refusal, held, share });

@@ -6,6 +6,7 @@ use super::{
     budget::Pressure,
     caller::{CallerKey, WhoHolds},
     gate::Gate,
+    in_force::limit_text,
     out_of_room::OutOfRoom,
     processor::ProcessorShare,
     report::{BucketName, Heavy, Standing},
@@ -112,6 +113,11 @@ impl Gate {
     /// How many connections were refused for want of processor time since this was last asked.
     pub fn wanting(&self) -> u64 {
         self.shared.wanting.swap(0, Relaxed)
+    }
+
+    /// How often a caller may connect anew, in words.
+    pub fn rate_of(&self, caller: CallerKey) -> String {
+        limit_text(self.shared.plan.load().rule(&caller).limit())
     }
 
     /// How much of the processor the agent may use.

@@ -1425,6 +1425,9 @@ async fn what_nobody_set_binds_without_room_alone() {
     limits.room().set(Short::Processor, true);
     let refused = gate.open(caller).err();
     assert_eq!(refused, Some(ConnectionRefusal::Processor), "its tokens were charged while there was room");
+    let told: Vec<_> = gate.out_of_room().into_iter().map(|it| (it.caller, it.refusal)).collect();
+    assert_eq!(told, [(caller, ConnectionRefusal::Processor)], "the log has it");
+    assert_eq!(gate.rate_of(caller), "100 a second, 200 at once");
     assert!(refused.is_some_and(ConnectionRefusal::is_soft));
     assert_eq!((gate.wanting(), gate.wanting()), (1, 0));
     assert!(gate.open(CallerKey::Uid(2)).is_ok(), "it has tokens");
