@@ -19,8 +19,9 @@ use crate::{
         out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
         refusal::{Reason, Stage},
-        report::{BucketName, Event, foremost},
+        report::{BucketName, Event, WhatIsRefused, foremost},
         room::Short,
+        rule::Origin,
         shares::Taking,
     },
     os::heap::{self, ResidentSet},
@@ -279,6 +280,12 @@ impl Watch {
         }
     }
 
+    /// How often the caller of this name may connect anew.
+    fn rate_of(&self, name: &BucketName) -> Option<String> {
+        let BucketName::Caller(caller) = name else { return None };
+        Some(self.gate.rate_of(*caller))
+    }
+
     fn accounted(&self) -> Accounted {
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
@@ -313,7 +320,8 @@ impl Watch {
         }
         for event in self.limits.events() {
             match event {
-                Event::RefusalStarted { stage, name, takings, method, reason } => {
+                Event::Refusing { what, times, takings } => {
+                    let WhatIsRefused { stage, name, method, reason, origin } = what;
                     let told = |count: fn(&Taking) -> u32| {
                         Some(foremost(&takings, count)).filter(|told| !told.is_empty())
                     };
@@ -326,7 +334,15 @@ impl Watch {
                         }
                         _ => (None, None),
                     };
-                    let limit = if reason == Reason::Memory { "memory limit" } else { "rate limit" };
+                    let rate = match (reason, method) {
+                        (Reason::Rate, None) => self.rate_of(&name),
+                        (Reason::Rate, Some(method)) => self.limits.limit_of(&name, method),
+                        _ => None,
+                    };
+                    let by_default = (reason == Reason::Rate).then_some(origin == Origin::ByDefault);
+                    // Nothing else makes a default refuse a call.
+                    let short_of = by_default.is_some_and(|it| it).then(|| Short::Processor.text());
+                    let limit = limit_by(reason);
                     let key = self.key_text(stage, &name);
                     let (stage, reason, method) = (stage.text(), reason.text(), method.map(Method::rpc));
                     tracing::warn!(
@@ -334,6 +350,10 @@ impl Watch {
                         key,
                         method,
                         reason,
+                        times,
+                        rate,
+                        by_default,
+                        short_of,
                         held,
                         share,
                         takes,
@@ -341,25 +361,30 @@ impl Watch {
                         "{limit}: caller is being refused"
                     );
                 }
-                Event::RefusalEnded { stage, name, count } => {
-                    let key = self.key_text(stage, &name);
+                Event::RefusalEnded { what, count } => {
+                    let key = self.key_text(what.stage, &what.name);
+                    let limit = limit_by(what.reason);
                     tracing::info!(
-                        stage = stage.text(),
+                        stage = what.stage.text(),
                         key,
+                        method = what.method.map(Method::rpc),
+                        reason = what.reason.text(),
                         count,
-                        "rate limit: caller is no longer refused"
+                        "{limit}: caller is no longer refused"
                     );
                 }
                 Event::RefusalsUnlisted { count } => {
-                    tracing::warn!(
-                        count,
-                        "rate limit: more callers are being refused than are listed one by one"
-                    );
+                    tracing::warn!(count, "rate limit: more is being refused than is listed one by one");
                 }
             }
         }
         self.limits.account(Accounted { held: self.gate.memory().held, ..self.accounted() });
     }
+}
+
+/// What a line about refusals begins with.
+fn limit_by(reason: Reason) -> &'static str {
+    if reason == Reason::Memory { "memory limit" } else { "rate limit" }
 }
 
 #[cfg(test)]

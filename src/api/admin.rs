@@ -458,7 +458,7 @@ fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standi
     let by_default = matches!(standing, Some(Standing::Tokens { origin: Origin::ByDefault, .. }));
     let (limit, left, burst) = match standing {
         None => (pb::Limit::Unknown, 0, 0),
-        Some(Standing::Tokens { left, burst, origin: _ }) => (pb::Limit::Tokens, left, burst),
+        Some(Standing::Tokens { left, quota, origin: _ }) => (pb::Limit::Tokens, left, quota.burst()),
         Some(Standing::Unlimited) => (pb::Limit::Unlimited, 0, 0),
         Some(Standing::Exempt) => (pb::Limit::Exempt, 0, 0),
         Some(Standing::Blocked) => (pb::Limit::Blocked, 0, 0),

@@ -24,7 +24,7 @@ use super::{
     patience,
     policy::{Choice, Layers},
     refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
-    report::{BucketName, Refusing},
+    report::{BucketName, Refusing, WhatIsRefused},
     room::{Room, Short},
     rule::{Limit, Origin, Rule},
     settings::{LimitSettings, NodeQuota, SoftLimits},
@@ -393,7 +393,8 @@ impl Ledger {
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
-                self.refusing().note(self.now(), (stage, reason), Some(method), &name);
+                let what = WhatIsRefused { stage, name, method: Some(method), reason, origin };
+                self.refusing().note(self.now(), what);
             }
         }
         Err(refusal)

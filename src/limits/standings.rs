@@ -7,10 +7,11 @@ use super::{
     budget::Accounted,
     caller::CallerKey,
     identity_stage::identity_name,
+    in_force::limit_text,
     ledger::LimitNow,
     method::Method,
     refusal::Stage,
-    report::{BucketName, Event, Heavy, Standing},
+    report::{BucketName, Event, Heavy, Standing, WhatIsRefused},
     rule::{Limit, Rule},
     settings::NodeQuota,
     shares::Taking,
@@ -82,7 +83,7 @@ impl Limits {
     pub fn node_standing(&self, method: Method) -> Option<(BucketName, Standing)> {
         let (NodeQuota { quota, origin }, bucket) = self.ledger().node(method)?;
         let left = bucket.left(self.ledger().now(), quota, self.ledger().plan().since.node);
-        Some((BucketName::Node, Standing::Tokens { left, burst: quota.burst(), origin }))
+        Some((BucketName::Node, Standing::Tokens { left, quota, origin }))
     }
 
     /// The bucket that a caller is charged to for a method, and how it stands.
@@ -132,6 +133,14 @@ impl Limits {
         }
     }
 
+    /// The limit of the bucket of this name, in words; `None` where there is none, or no longer.
+    pub fn limit_of(&self, name: &BucketName, method: Method) -> Option<String> {
+        match self.standing(name, method)? {
+            Standing::Tokens { quota, .. } => Some(limit_text(Limit::Quota(quota))),
+            Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
+        }
+    }
+
     fn is_in_overflow(&self, key: BucketKey, quota: Quota) -> bool {
         let ledger = self.ledger();
         ledger.callers().is_in_overflow(ledger.now(), key, quota)
@@ -170,7 +179,10 @@ impl Limits {
     pub fn events(&self) -> Vec<Event> {
         let mut events = self.ledger().refusing().drain(self.ledger().now());
         for event in &mut events {
-            if let Event::RefusalStarted { name, method: Some(method), takings, .. } = event {
+            if let Event::Refusing {
+                what: WhatIsRefused { name, method: Some(method), .. }, takings, ..
+            } = event
+            {
                 *takings = self.takings(name, *method);
             }
         }

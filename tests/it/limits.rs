@@ -114,7 +114,7 @@ fn passes(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> u3
 
 fn tokens(standing: Standing) -> Option<(u32, u32)> {
     match standing {
-        Standing::Tokens { left, burst, .. } => Some((left, burst)),
+        Standing::Tokens { left, quota, .. } => Some((left, quota.burst())),
         Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
     }
 }
@@ -552,7 +552,7 @@ async fn what_callers_share_is_shared_fairly() {
 
         // Who takes, and who goes without: in the log, and for who asks.
         let told = limits.events().into_iter().find_map(|event| match event {
-            Event::RefusalStarted { stage: of, takings, .. } if of == stage => Some(takings),
+            Event::Refusing { what, takings, .. } if what.stage == stage => Some(takings),
             _ => None,
         });
         let told = told.expect("it is told that it refuses");
@@ -643,12 +643,14 @@ async fn refusals_are_told_when_they_begin_and_end() {
         drop(call(&limits, 1, JWT, &web));
     }
     let name = |event: &Event| match event {
-        Event::RefusalStarted { stage, name, .. } => format!("start {} {name}", stage.text()),
-        Event::RefusalEnded { stage, name, count } => format!("end {} {name} {count}", stage.text()),
+        Event::Refusing { what, times, .. } => {
+            format!("{} {} {times}: {:?}", what.stage.text(), what.name, limits.limit_of(&what.name, JWT))
+        }
+        Event::RefusalEnded { what, count } => format!("end {} {} {count}", what.stage.text(), what.name),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
     };
     let told = || limits.events().iter().map(name).collect::<Vec<_>>();
-    assert_eq!(told(), ["start caller uid:1"]);
+    assert_eq!(told(), [r#"caller uid:1 90: Some("1 a second, 10 at once")"#]);
     assert!(told().is_empty());
     advance(QUIET).await;
     assert_eq!(told(), ["end caller uid:1 90"]);

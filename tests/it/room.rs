@@ -350,7 +350,7 @@ async fn who_holds_its_share_of_memory_waits_for_room_and_no_longer_than_it_may(
         assert!(took < Duration::from_millis(within), "{case}: {took:?}");
         // The log has what for, and which call.
         let told = limits.events().into_iter().find_map(|event| match event {
-            Event::RefusalStarted { reason, method, .. } => Some((reason, method)),
+            Event::Refusing { what, .. } => Some((what.reason, what.method)),
             _ => None,
         });
         assert_eq!(told, (!passes).then_some((Reason::Memory, Some(JWT))), "{case}");
