@@ -302,14 +302,20 @@ impl AdminParts {
     }
 
     fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {
-        let standing = match (&heavy.name, stage) {
-            (BucketName::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller).1),
-            (name, _) => Method::ALL
-                .into_iter()
-                .find(|method| method.rpc() == heavy.what)
-                .and_then(|method| self.limits.standing(name, method)),
+        let (standing, dry_run) = match (&heavy.name, stage) {
+            (BucketName::Caller(caller), Stage::Gate) => {
+                (Some(self.gate.standing(*caller).1), self.gate.is_dry_run(*caller))
+            }
+            (name, _) => {
+                let method = Method::ALL.into_iter().find(|method| method.rpc() == heavy.what);
+                (
+                    method.and_then(|method| self.limits.standing(name, method)),
+                    method.is_some_and(|method| self.limits.is_dry_run(name, method)),
+                )
+            }
         };
-        let mut bucket = bucket(stage, &heavy.name, heavy.what, standing);
+        let bucket = bucket(stage, &heavy.name, heavy.what, standing);
+        let mut bucket = pb::Bucket { dry_run, ..bucket };
         if heavy.name == BucketName::WithoutBucket {
             bucket.limit = pb::Limit::Several.into();
         }
@@ -366,7 +372,8 @@ impl AdminParts {
     /// The buckets of a caller and of what it is served.
     fn buckets(&self, caller: CallerKey, matches: &[(Arc<Entry>, String)]) -> Vec<pb::Bucket> {
         let (name, standing) = self.gate.standing(caller);
-        let mut all = vec![bucket(Stage::Gate, &name, "connections", Some(standing))];
+        let of_gate = bucket(Stage::Gate, &name, "connections", Some(standing));
+        let mut all = vec![pb::Bucket { dry_run: self.gate.is_dry_run(caller), ..of_gate }];
         let mut of_caller: Vec<_> =
             Method::ALL.map(|method| (method, self.limits.caller_standing(caller, method))).into();
         // Those that it shares with others come last.
@@ -399,7 +406,8 @@ impl AdminParts {
     /// A bucket, and who takes from it.
     fn bucket_of(&self, stage: Stage, name: &BucketName, method: Method, standing: Standing) -> pb::Bucket {
         let takings = takings(self.limits.takings(name, method));
-        pb::Bucket { takings, ..bucket(stage, name, method.rpc(), Some(standing)) }
+        let dry_run = self.limits.is_dry_run(name, method);
+        pb::Bucket { takings, dry_run, ..bucket(stage, name, method.rpc(), Some(standing)) }
     }
 }
 
@@ -472,6 +480,7 @@ fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standi
         burst,
         by_default,
         takings: Vec::new(),
+        dry_run: false,
     }
 }
 

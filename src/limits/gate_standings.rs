@@ -115,6 +115,12 @@ impl Gate {
         self.shared.wanting.swap(0, Relaxed)
     }
 
+    /// Whether what is the caller's own refuses none of its connections, and counts those that it would.
+    pub fn is_dry_run(&self, caller: CallerKey) -> bool {
+        let plan = self.shared.plan.load();
+        plan.dry || plan.rule(&caller).dry_run
+    }
+
     /// How often a caller may connect anew, in words.
     pub fn rate_of(&self, caller: CallerKey) -> String {
         limit_text(self.shared.plan.load().rule(&caller).limit())

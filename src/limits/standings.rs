@@ -133,6 +133,23 @@ impl Limits {
         }
     }
 
+    /// Whether the bucket of this name refuses nobody, and counts whom it would.
+    pub fn is_dry_run(&self, name: &BucketName, method: Method) -> bool {
+        let plan = self.ledger().plan();
+        plan.dry
+            || match name {
+                BucketName::Caller(caller) => plan.caller.choose(caller, method).rule.dry_run,
+                BucketName::Callers(pattern) => {
+                    plan.caller.of_shared(pattern, method).is_some_and(|choice| choice.rule.dry_run)
+                }
+                BucketName::Identity(id) | BucketName::Masked(id, _) => {
+                    plan.identity.choose(id, method).rule.dry_run
+                }
+                BucketName::Node => plan.node_dry,
+                BucketName::WithoutBucket => false,
+            }
+    }
+
     /// The limit of the bucket of this name, in words; `None` where there is none, or no longer.
     pub fn limit_of(&self, name: &BucketName, method: Method) -> Option<String> {
         match self.standing(name, method)? {

@@ -605,6 +605,7 @@ async fn a_dry_run_counts_and_refuses_nothing() {
         assert_eq!(limits.events(), [], "{case}");
         let heaviest = &limits.heaviest(1)[0].1;
         assert_eq!((heaviest.used, heaviest.refused), (10, 9990), "{case}: as people are told");
+        assert!(limits.is_dry_run(&heaviest.name, JWT), "{case}");
     }
 }
 
