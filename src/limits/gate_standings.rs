@@ -101,7 +101,7 @@ impl Gate {
     pub fn report(&self, n: usize) -> Vec<Heavy> {
         let state = self.shared.state();
         let mut all = state.rates.heaviest(n);
-        all.extend(Heavy::without_bucket("connections", state.rates.refused_unknown()));
+        all.extend(Heavy::without_bucket("connections", state.rates.unknown()));
         all
     }
 

@@ -99,9 +99,9 @@ pub struct Heavy {
 
 impl Heavy {
     /// Those for whom a table has no room, if any were refused.
-    pub(super) fn without_bucket(what: &'static str, refused: u32) -> Option<Self> {
+    pub(super) fn without_bucket(what: &'static str, (used, refused): (u32, u32)) -> Option<Self> {
         let name = BucketName::WithoutBucket;
-        (refused > 0).then_some(Self { name, what, used: 0, refused, most: 0, takings: Vec::new() })
+        (refused > 0).then_some(Self { name, what, used, refused, most: 0, takings: Vec::new() })
     }
 
     /// What the heaviest are sorted by.

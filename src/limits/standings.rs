@@ -31,13 +31,13 @@ impl Limits {
         all.extend(self.ledger().identities().table.heaviest(n).into_iter().map(of(Stage::Identity)));
         all.extend(Method::ALL.into_iter().filter_map(|method| self.of_node(method)).map(of(Stage::Node)));
         let unknown = [
-            (Stage::Caller, self.ledger().callers().refused_unknown()),
-            (Stage::Identity, self.ledger().identities().table.refused_unknown()),
+            (Stage::Caller, self.ledger().callers().unknown()),
+            (Stage::Identity, self.ledger().identities().table.unknown()),
         ];
         all.extend(
             unknown
                 .into_iter()
-                .filter_map(|(stage, refused)| Some((stage, Heavy::without_bucket("all methods", refused)?))),
+                .filter_map(|(stage, calls)| Some((stage, Heavy::without_bucket("all methods", calls)?))),
         );
         all.sort_by_key(|(_, heavy)| std::cmp::Reverse(heavy.weight()));
         all.truncate(n);

@@ -1564,8 +1564,10 @@ async fn each_refusal_counts_for_its_caller() {
         refusal.to_string().contains("the callers without a bucket of their own have no tokens left"),
         "{refusal}"
     );
-    let others = heavy(&full).into_iter().find(|heavy| heavy.name == BucketName::WithoutBucket);
-    assert!(others.is_some_and(|others| others.refused > 0));
+    let all: Vec<_> = full.heaviest(100).into_iter().map(|(_, heavy)| heavy).collect();
+    let others = all.iter().find(|heavy| heavy.name == BucketName::WithoutBucket);
+    assert!(others.is_some_and(|others| others.refused > 0 && others.used > 0), "{others:?}");
+    assert_eq!(all.iter().map(|heavy| heavy.used + heavy.refused).sum::<u32>(), 41, "each call counts once");
 
     // What is no method of ours is not called one.
     let few = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
