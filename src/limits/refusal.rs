@@ -201,7 +201,9 @@ impl Refusal {
     /// Why a limit refuses that nobody set.
     fn because(&self) -> &'static str {
         match (self.origin, self.reason) {
-            (Origin::ByDefault, Reason::Rate | Reason::Memory) => ", and the node has no room",
+            // Nothing else makes a default refuse a call.
+            (Origin::ByDefault, Reason::Rate) => ", and the agent is short of processor time",
+            (Origin::ByDefault, Reason::Memory) => ", and the agent is short of it",
             _ => "",
         }
     }

@@ -189,7 +189,7 @@ fn a_refusal_says_what_was_short_and_whose() {
             K::Pod,
             R::Rate,
             O::ByDefault,
-            "the caller's pod has no tokens left, and the node has no room",
+            "the caller's pod has no tokens left, and the agent is short of processor time",
         ),
         (S::Caller, K::Shared, R::Rate, O::Set, "the callers that share its bucket have no tokens left"),
         (
