@@ -22,6 +22,7 @@ mod reload;
 mod run;
 mod runtime;
 mod serving;
+mod short_processor;
 mod signals;
 mod standby;
 mod start;

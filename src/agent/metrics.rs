@@ -5,7 +5,10 @@ use metrics::{Counter, Gauge};
 use super::meter::ChargedMemory;
 
 use crate::{
-    limits::gate_standings::MemoryStanding,
+    limits::{
+        gate_standings::MemoryStanding,
+        room::{Room, Short},
+    },
     os::clock::Clock,
     telemetry::registry::{By, Label as _, Registry, float_u64, labels, unix_time},
 };
@@ -58,6 +61,27 @@ impl MemoryMetrics {
             (MemoryOf::Kernel, kernel),
         ] {
             self.0.with(of, |gauge| gauge.set(float_u64(bytes)));
+        }
+    }
+}
+
+/// Of what there is no room.
+#[derive(Debug)]
+pub(super) struct RoomMetrics(By<Short, Gauge>);
+
+impl RoomMetrics {
+    /// Registers every series.
+    pub(super) fn new(make: Registry<'_>) -> Self {
+        Self(make.gauges(
+            "durward_rate_limit_short",
+            "1 while the agent is short of this, and defaults refuse; else 0.",
+        ))
+    }
+
+    /// Sets them.
+    pub(super) fn set(&self, room: &Room) {
+        for short in Short::VALUES {
+            self.0.with(*short, |gauge| gauge.set(f64::from(u8::from(room.is_short(*short)))));
         }
     }
 }

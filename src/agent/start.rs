@@ -29,7 +29,7 @@ use super::{
     },
     judge::{Judge, Witnesses},
     meter::{MemoryMeter, keep_time},
-    metrics::{AgentMetrics, MemoryMetrics},
+    metrics::{AgentMetrics, MemoryMetrics, RoomMetrics},
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
     probe::probe,
@@ -298,7 +298,7 @@ impl AgentParts {
         let series = ConnectionMetrics::new(self.metrics.registry());
         let counted = (Arc::clone(&stats), Arc::clone(&admin_stats));
         self.metrics.before_render(move || series.set(&counted.0, &counted.1));
-        self.tell_of_memory();
+        self.tell_of_room();
 
         let way_in = Arc::<WayIn>::default();
         let witnesses = Witnesses {
@@ -350,11 +350,15 @@ impl AgentParts {
         Ok(Running { config, adjustable, public, admin, tasks, http: answering, asked, issuing, keeper })
     }
 
-    /// Has a scrape tell how memory stands.
-    fn tell_of_memory(&self) {
-        let memory = MemoryMetrics::new(self.metrics.registry());
+    /// Has a scrape tell how memory stands, and what is short.
+    fn tell_of_room(&self) {
+        let (memory, room) =
+            (MemoryMetrics::new(self.metrics.registry()), RoomMetrics::new(self.metrics.registry()));
         let (gate, meter) = (self.gate.clone(), self.meter.clone());
-        self.metrics.before_render(move || memory.set(gate.memory(), meter.charged()));
+        self.metrics.before_render(move || {
+            memory.set(gate.memory(), meter.charged());
+            room.set(gate.room());
+        });
     }
 
     fn serve_admin(&self, socket: Socket, service: AdminService, stats: Arc<ConnectionStats>) -> Serving {

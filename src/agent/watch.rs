@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::meter::MemoryMeter;
+use super::{
+    meter::MemoryMeter,
+    short_processor::{ShortProcessor, Turn},
+};
 use crate::{
     api::Journal,
     attest::Attestor,
@@ -16,8 +19,9 @@ use crate::{
         out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
         refusal::{Reason, Stage},
-        report::{BucketName, Event, foremost},
+        report::{BucketName, Event, WhatIsRefused, foremost},
         room::Short,
+        rule::Origin,
         shares::Taking,
     },
     os::heap::{self, ResidentSet},
@@ -80,6 +84,7 @@ impl Watch {
         // When, and how short memory was.
         let mut emptied: Option<(u32, Pressure)> = None;
         let mut growth = HeapGrowth::default();
+        let mut processor = ShortProcessor::default();
         let mut ticks = 1;
         loop {
             let emptied_at = emptied.map_or(Pressure::None, |(at, then)| {
@@ -93,6 +98,7 @@ impl Watch {
             tick = tick.wrapping_add(ticks);
             if tick / TICKS_PER_REPORT != before / TICKS_PER_REPORT {
                 self.report();
+                self.tell_of_processor(&mut processor);
                 let without_files = |set: Option<ResidentSet>| set.map_or(0, |set| set.without_files);
                 if growth.is_over(without_files(resident)) {
                     heap::trim();
@@ -200,6 +206,22 @@ impl Watch {
         }
     }
 
+    /// Says when the processor begins to be short, and when it no longer is.
+    fn tell_of_processor(&self, processor: &mut ShortProcessor) {
+        let cores = self.gate.processor_share().text();
+        match processor.look(self.limits.room().is_short(Short::Processor), Instant::now()) {
+            Some(Turn::Began) => tracing::warn!(
+                cores,
+                "processor limit: the agent uses or waits for more of the processor than it may, so what holds by default binds"
+            ),
+            Some(Turn::Ended { lasted }) => {
+                let seconds = lasted.as_secs();
+                tracing::info!(cores, seconds, "processor limit: the agent has processor time again");
+            }
+            None => {}
+        }
+    }
+
     /// Says who was refused for want of room.
     fn tell_of_refusal(&self, refused: &OutOfRoom) {
         let OutOfRoom { caller, head, refusal, held, share } = *refused;
@@ -210,6 +232,16 @@ impl Watch {
         let short_of = refusal.text();
         let limit = match refusal {
             ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => "memory limit",
+            ConnectionRefusal::Processor => {
+                tracing::warn!(
+                    caller = %caller,
+                    short_of,
+                    held,
+                    rate = self.gate.rate_of(refused.caller),
+                    "processor limit: caller connects more often than its rate, and is refused until there is processor time"
+                );
+                return;
+            }
             _ => "connection limit",
         };
         // Where nobody has reckoned it, anybody may have all.
@@ -248,6 +280,12 @@ impl Watch {
         }
     }
 
+    /// How often the caller of this name may connect anew.
+    fn rate_of(&self, name: &BucketName) -> Option<String> {
+        let BucketName::Caller(caller) = name else { return None };
+        Some(self.gate.rate_of(*caller))
+    }
+
     fn accounted(&self) -> Accounted {
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
@@ -282,7 +320,8 @@ impl Watch {
         }
         for event in self.limits.events() {
             match event {
-                Event::RefusalStarted { stage, name, takings, method, reason } => {
+                Event::Refusing { what, times, takings } => {
+                    let WhatIsRefused { stage, name, method, reason, origin } = what;
                     let told = |count: fn(&Taking) -> u32| {
                         Some(foremost(&takings, count)).filter(|told| !told.is_empty())
                     };
@@ -295,7 +334,15 @@ impl Watch {
                         }
                         _ => (None, None),
                     };
-                    let limit = if reason == Reason::Memory { "memory limit" } else { "rate limit" };
+                    let rate = match (reason, method) {
+                        (Reason::Rate, None) => self.rate_of(&name),
+                        (Reason::Rate, Some(method)) => self.limits.limit_of(&name, method),
+                        _ => None,
+                    };
+                    let by_default = (reason == Reason::Rate).then_some(origin == Origin::ByDefault);
+                    // Nothing else makes a default refuse a call.
+                    let short_of = by_default.is_some_and(|it| it).then(|| Short::Processor.text());
+                    let limit = limit_by(reason);
                     let key = self.key_text(stage, &name);
                     let (stage, reason, method) = (stage.text(), reason.text(), method.map(Method::rpc));
                     tracing::warn!(
@@ -303,6 +350,10 @@ impl Watch {
                         key,
                         method,
                         reason,
+                        times,
+                        rate,
+                        by_default,
+                        short_of,
                         held,
                         share,
                         takes,
@@ -310,25 +361,30 @@ impl Watch {
                         "{limit}: caller is being refused"
                     );
                 }
-                Event::RefusalEnded { stage, name, count } => {
-                    let key = self.key_text(stage, &name);
+                Event::RefusalEnded { what, count } => {
+                    let key = self.key_text(what.stage, &what.name);
+                    let limit = limit_by(what.reason);
                     tracing::info!(
-                        stage = stage.text(),
+                        stage = what.stage.text(),
                         key,
+                        method = what.method.map(Method::rpc),
+                        reason = what.reason.text(),
                         count,
-                        "rate limit: caller is no longer refused"
+                        "{limit}: caller is no longer refused"
                     );
                 }
                 Event::RefusalsUnlisted { count } => {
-                    tracing::warn!(
-                        count,
-                        "rate limit: more callers are being refused than are listed one by one"
-                    );
+                    tracing::warn!(count, "rate limit: more is being refused than is listed one by one");
                 }
             }
         }
         self.limits.account(Accounted { held: self.gate.memory().held, ..self.accounted() });
     }
+}
+
+/// What a line about refusals begins with.
+fn limit_by(reason: Reason) -> &'static str {
+    if reason == Reason::Memory { "memory limit" } else { "rate limit" }
 }
 
 #[cfg(test)]

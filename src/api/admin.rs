@@ -51,8 +51,8 @@ use crate::{
 const TOP: u32 = 10;
 /// The most of the heaviest that are told.
 pub const MOST: u32 = 1000;
-/// What there may be no room of beside connections, as people are told.
-const SHORTAGES: [(Short, &str); 2] = [(Short::Memory, "memory"), (Short::Processor, "processor")];
+/// What there may be no room of beside connections.
+const SHORTAGES: [Short; 2] = [Short::Memory, Short::Processor];
 /// How many are told of those who take from a bucket, and as many of those who go without.
 const FOREMOST: usize = 8;
 /// How many of the entries that nearly match are told.
@@ -265,11 +265,10 @@ impl AdminParts {
 
     /// Of what there is no room.
     fn short_of(&self) -> Vec<String> {
-        let is_short =
-            |(short, name): &(Short, &'static str)| self.limits.room().is_short(*short).then_some(*name);
-        let mut all: Vec<&str> = SHORTAGES.iter().filter_map(is_short).collect();
+        let is_short = |short: &Short| self.limits.room().is_short(*short);
+        let mut all: Vec<&str> = SHORTAGES.into_iter().filter(is_short).map(Short::text).collect();
         // Memory first, and the processor last.
-        let at = all.len().min(usize::from(all.first() == Some(&"memory")));
+        let at = all.len().min(usize::from(all.first() == Some(&Short::Memory.text())));
         if let Some(places) = self.gate.lacks_places() {
             all.insert(at, places);
         }
@@ -303,14 +302,20 @@ impl AdminParts {
     }
 
     fn heavy(&self, stage: Stage, heavy: &Heavy) -> pb::Heavy {
-        let standing = match (&heavy.name, stage) {
-            (BucketName::Caller(caller), Stage::Gate) => Some(self.gate.standing(*caller).1),
-            (name, _) => Method::ALL
-                .into_iter()
-                .find(|method| method.rpc() == heavy.what)
-                .and_then(|method| self.limits.standing(name, method)),
+        let (standing, dry_run) = match (&heavy.name, stage) {
+            (BucketName::Caller(caller), Stage::Gate) => {
+                (Some(self.gate.standing(*caller).1), self.gate.is_dry_run(*caller))
+            }
+            (name, _) => {
+                let method = Method::ALL.into_iter().find(|method| method.rpc() == heavy.what);
+                (
+                    method.and_then(|method| self.limits.standing(name, method)),
+                    method.is_some_and(|method| self.limits.is_dry_run(name, method)),
+                )
+            }
         };
-        let mut bucket = bucket(stage, &heavy.name, heavy.what, standing);
+        let bucket = bucket(stage, &heavy.name, heavy.what, standing);
+        let mut bucket = pb::Bucket { dry_run, ..bucket };
         if heavy.name == BucketName::WithoutBucket {
             bucket.limit = pb::Limit::Several.into();
         }
@@ -367,7 +372,8 @@ impl AdminParts {
     /// The buckets of a caller and of what it is served.
     fn buckets(&self, caller: CallerKey, matches: &[(Arc<Entry>, String)]) -> Vec<pb::Bucket> {
         let (name, standing) = self.gate.standing(caller);
-        let mut all = vec![bucket(Stage::Gate, &name, "connections", Some(standing))];
+        let of_gate = bucket(Stage::Gate, &name, "connections", Some(standing));
+        let mut all = vec![pb::Bucket { dry_run: self.gate.is_dry_run(caller), ..of_gate }];
         let mut of_caller: Vec<_> =
             Method::ALL.map(|method| (method, self.limits.caller_standing(caller, method))).into();
         // Those that it shares with others come last.
@@ -400,7 +406,8 @@ impl AdminParts {
     /// A bucket, and who takes from it.
     fn bucket_of(&self, stage: Stage, name: &BucketName, method: Method, standing: Standing) -> pb::Bucket {
         let takings = takings(self.limits.takings(name, method));
-        pb::Bucket { takings, ..bucket(stage, name, method.rpc(), Some(standing)) }
+        let dry_run = self.limits.is_dry_run(name, method);
+        pb::Bucket { takings, dry_run, ..bucket(stage, name, method.rpc(), Some(standing)) }
     }
 }
 
@@ -459,7 +466,7 @@ fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standi
     let by_default = matches!(standing, Some(Standing::Tokens { origin: Origin::ByDefault, .. }));
     let (limit, left, burst) = match standing {
         None => (pb::Limit::Unknown, 0, 0),
-        Some(Standing::Tokens { left, burst, origin: _ }) => (pb::Limit::Tokens, left, burst),
+        Some(Standing::Tokens { left, quota, origin: _ }) => (pb::Limit::Tokens, left, quota.burst()),
         Some(Standing::Unlimited) => (pb::Limit::Unlimited, 0, 0),
         Some(Standing::Exempt) => (pb::Limit::Exempt, 0, 0),
         Some(Standing::Blocked) => (pb::Limit::Blocked, 0, 0),
@@ -473,6 +480,7 @@ fn bucket(stage: Stage, name: &BucketName, method: &str, standing: Option<Standi
         burst,
         by_default,
         takings: Vec::new(),
+        dry_run: false,
     }
 }
 

@@ -339,6 +339,7 @@ mod tests {
             charged_as: ChargedAs::Uid,
             reason,
             retry_after: Duration::from_secs(1),
+            each: Duration::ZERO,
             shed: false,
             status: RejectionStatus::ResourceExhausted,
             origin: Origin::Set,

@@ -66,15 +66,32 @@ impl AdminArgs {
 }
 
 /// What [`tokens`] says of a limit that nobody set, explained.
-pub(super) const BY_DEFAULT: &str = "* a default, which refuses only while the node has no room";
+const BY_DEFAULT: &str = "* a default, which refuses only while the node has no room";
+/// The same of one that refuses nobody.
+const DRY_RUN: &str = "~ a dry run, which refuses nobody: REFUSED counts what it would have";
 
 /// The tokens of a bucket: `12/200`, or why there are none.
 pub(super) fn tokens(bucket: &pb::Bucket) -> String {
-    match bucket.limit() {
+    let tokens = match bucket.limit() {
         pb::Limit::Tokens if bucket.by_default => format!("{}/{}*", bucket.left, bucket.burst),
         pb::Limit::Tokens => format!("{}/{}", bucket.left, bucket.burst),
         other => limit_name(other).to_owned(),
-    }
+    };
+    if is_dry_run(bucket) { tokens + "~" } else { tokens }
+}
+
+/// A dry run of what can refuse.
+pub(super) fn is_dry_run(bucket: &pb::Bucket) -> bool {
+    bucket.dry_run && matches!(bucket.limit(), pb::Limit::Tokens | pb::Limit::Blocked)
+}
+
+/// What the marks of [`tokens`] mean that these have: a line each.
+pub(super) fn marks<'a>(buckets: impl Iterator<Item = &'a pb::Bucket> + Clone) -> String {
+    let shown = [
+        (BY_DEFAULT, buckets.clone().any(|bucket| bucket.by_default)),
+        (DRY_RUN, buckets.clone().any(is_dry_run)),
+    ];
+    shown.into_iter().filter(|(_, any)| *any).map(|(text, _)| format!("{text}\n")).collect()
 }
 
 /// The name of a kind of limit, as JSON has it.
@@ -96,6 +113,7 @@ pub(super) fn bucket_json(bucket: &pb::Bucket) -> serde_json::Value {
         "key": bucket.key,
         "method": bucket.method,
         "limit": limit_name(bucket.limit()),
+        "dry_run": bucket.dry_run,
     });
     if let (pb::Limit::Tokens, Some(json)) = (bucket.limit(), json.as_object_mut()) {
         json.insert("left".to_owned(), bucket.left.into());

@@ -8,8 +8,8 @@ use serde_json::json;
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, others_text,
-        share_text, shorten, table, taker, taking_json, tokens,
+        AdminArgs, Column, bucket_json, connections_json, fit, kibibytes, marks, others_text, share_text,
+        shorten, table, taker, taking_json, tokens,
     },
     argv::process_id,
     terminal::{Terminal, clean, width},
@@ -232,9 +232,7 @@ fn limits(out: &mut String, told: &pb::ExplainResponse, width: usize) {
     let columns =
         [Column::Left("STAGE"), Column::Left("KEY"), Column::Left("METHOD"), Column::Right("TOKENS LEFT")];
     out.push_str(&table(columns, &fit(&bucket_rows(&told.buckets), 1, width, &columns)));
-    if told.buckets.iter().any(|bucket| bucket.by_default) {
-        let _ = writeln!(out, "{BY_DEFAULT}");
-    }
+    out.push_str(&marks(told.buckets.iter()));
     let shared: Vec<[String; 5]> =
         told.buckets.iter().flat_map(|bucket| taker_rows(bucket, width / 3)).collect();
     if !shared.is_empty() {
@@ -417,6 +415,7 @@ mod tests {
             burst: 200,
             by_default: false,
             takings: Vec::new(),
+            dry_run: false,
         }
     }
 

@@ -19,8 +19,8 @@ use tokio::{
 use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
-        AdminArgs, BY_DEFAULT, Column, bucket_json, connections_json, fit, kibibytes, mebibytes, memory_json,
-        others_text, share_text, table, taker, taking_json, tokens,
+        AdminArgs, Column, bucket_json, connections_json, fit, is_dry_run, kibibytes, marks, mebibytes,
+        memory_json, others_text, share_text, table, taker, taking_json, tokens,
     },
     argv::number_up_to,
     terminal::{Terminal, clean, width},
@@ -199,10 +199,15 @@ fn screen(
 ) -> String {
     let mut out = vec![
         format!(
-            "{} connections, {} being attested, {} waiting; * by default; q ends{}",
+            "{} connections, {} being attested, {} waiting; * by default{}; q ends{}",
             now.node_connections,
             now.attestations_in_flight,
             now.calls_waiting,
+            if now.heaviest.iter().filter_map(|heavy| heavy.bucket.as_ref()).any(is_dry_run) {
+                ", ~ dry run"
+            } else {
+                ""
+            },
             if before.is_none() { "; measuring" } else { "" }
         ),
         format!("{}; room: {}", now.memory.as_ref().map(memory_text).unwrap_or_default(), room_text(now)),
@@ -360,9 +365,7 @@ fn pretty(now: &pb::LimitsResponse, top: u32, names: &mut UserNames, width: usiz
             Column::Right("LEFT"),
         ];
         out.push_str(&table(columns, &fit(&rows, 1, width, &columns)));
-        if now.heaviest.iter().any(|heavy| heavy.bucket.as_ref().is_some_and(|bucket| bucket.by_default)) {
-            let _ = writeln!(out, "{BY_DEFAULT}");
-        }
+        out.push_str(&marks(now.heaviest.iter().filter_map(|heavy| heavy.bucket.as_ref())));
         if now.more_heaviest {
             out.push_str(&more(top));
         }
@@ -475,6 +478,7 @@ mod tests {
             burst: 200,
             by_default: true,
             takings: Vec::new(),
+            dry_run: false,
         };
         let blocked = pb::Bucket {
             key: "uid:7\x1b[31m".to_owned(),
@@ -556,6 +560,18 @@ CALLER    OPEN CONNECTIONS    HELD                  SHARE
 uid:1000                 3  99 KiB  80 KiB, 8 connections
 ";
         assert!(pretty(&short, 10, &mut names, 80).contains(table));
+        let mut rehearsed = now.clone();
+        for bucket in rehearsed.heaviest.iter_mut().filter_map(|heavy| heavy.bucket.as_mut()) {
+            bucket.dry_run = true;
+        }
+        let shown = pretty(&rehearsed, 10, &mut names, 80);
+        assert!(shown.contains("  0/200*~\n") && shown.contains("  blocked~\n"), "{shown}");
+        assert!(
+            shown.contains("\n~ a dry run, which refuses nobody: REFUSED counts what it would have\n"),
+            "{shown}"
+        );
+        assert!(!pretty(&now, 10, &mut names, 80).contains('~'));
+        assert_eq!(to_json(&rehearsed)["heaviest"][0]["dry_run"], true);
         let mut family = now.clone();
         family.connections[0].others = 2;
         let row = "uid:1000 and 2 others of its range                 3  99 KiB\n";

@@ -43,7 +43,10 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
     match (check(&args.config, terminal), args.output.output) {
         (Ok((config, trust)), OutputFormat::Pretty) => {
             for (key, why) in unsettled(&config, trust) {
-                terminal.note(format_args!("Warning: {key}: {why}."));
+                // A setting below that key stands in the text.
+                let names_it = why.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
+                let key = if names_it { String::new() } else { format!("{key}: ") };
+                terminal.note(format_args!("Warning: {key}{why}."));
             }
             let absent = absent(&config);
             for AbsentSelector { entry, selector, why } in absent.iter().take(MOST_WARNINGS) {

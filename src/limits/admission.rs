@@ -123,7 +123,7 @@ impl Limits {
         if let Err(refusal) = entering.go_on(now, attempt) {
             self.ledger.want(&refusal);
             if attempt.ends(&refusal) {
-                return Err(refusal);
+                return Err(self.ledger.behind_waiting(refusal, self.family_of(peer.caller_key())));
             }
             // Boxed, as few calls wait.
             Box::pin(entering.wait(refusal)).await?;
@@ -203,7 +203,7 @@ impl Limits {
         let Err(refusal) = self.charge_all(charge, ids.clone(), attempt) else { return Ok(()) };
         self.ledger.want(&refusal);
         if attempt.ends(&refusal) {
-            return Err(refusal);
+            return Err(self.ledger.behind_waiting(refusal, charge.taker.group));
         }
         Box::pin(self.wait_for_all(charge, ids, refusal)).await
     }
@@ -228,13 +228,14 @@ impl Limits {
         mut refusal: Refusal,
     ) -> Result<(), Refusal> {
         let Ok(place) = self.ledger.places.take(charge.taker.group) else {
-            return self.charge_all(charge, ids, Attempt::Last);
+            let done = self.charge_all(charge, ids, Attempt::Last);
+            return done.map_err(|refusal| self.ledger.behind_waiting(refusal, charge.taker.group));
         };
         loop {
             let attempt = charge.waiting.for_tokens(&self.ledger, &refusal, place.nth()).await;
             match self.charge_all(charge, ids.clone(), attempt) {
                 Err(next) if !attempt.ends(&next) => refusal = next,
-                done => return done,
+                done => return done.map_err(|refusal| refusal.of_nth(place.nth())),
             }
         }
     }
@@ -317,7 +318,10 @@ impl<P: Caller> Entering<'_, P> {
     async fn wait(&mut self, mut refusal: Refusal) -> Result<(), Refusal> {
         let ledger = self.ledger;
         let group = ledger.plan().families.group(self.call.caller);
-        let Ok(place) = ledger.places.take(group) else { return self.go_on(ledger.now(), Attempt::Last) };
+        let Ok(place) = ledger.places.take(group) else {
+            let done = self.go_on(ledger.now(), Attempt::Last);
+            return done.map_err(|refusal| ledger.behind_waiting(refusal, group));
+        };
         loop {
             let attempt = if refusal.reason == Reason::InFlight {
                 self.slot = self.call.waiting.for_attestation(ledger, group).await;
@@ -329,7 +333,7 @@ impl<P: Caller> Entering<'_, P> {
             };
             match self.go_on(ledger.now(), attempt) {
                 Err(next) if !attempt.ends(&next) => refusal = next,
-                done => return done,
+                done => return done.map_err(|refusal| refusal.of_nth(place.nth())),
             }
         }
     }
@@ -360,7 +364,11 @@ impl Ledger {
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
-        let lacking = |reason, retry_after| Scarcity { charged_as: own, reason, retry_after, origin };
+        let each = match limit {
+            Limit::Quota(quota) => quota.time_of(costs.answer()),
+            Limit::Exempt | Limit::Unlimited | Limit::Block => Duration::ZERO,
+        };
+        let lacking = |reason, retry_after| Scarcity { charged_as: own, reason, retry_after, each, origin };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
             Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
@@ -439,6 +447,7 @@ impl Ledger {
             charged_as: ChargedAs::Node,
             reason: Reason::Memory,
             retry_after: FOR_ROOM,
+            each: Duration::ZERO,
             origin: Origin::ByDefault,
         };
         // What it holds it holds with its family.
@@ -490,6 +499,7 @@ impl Ledger {
             charged_as,
             reason: Reason::InFlight,
             retry_after: SHORT_WAIT,
+            each: Duration::ZERO,
             origin: Origin::ByDefault,
         };
         // That all are busy is nobody's doing.

@@ -154,6 +154,11 @@ impl Quota {
         self.per_token.saturating_mul(u64::from(self.burst))
     }
 
+    /// How long so many tokens take to come back.
+    pub(super) fn time_of(self, tokens: u32) -> Duration {
+        Duration::from_nanos(price(tokens, self))
+    }
+
     /// How long it takes for as many tokens as `other` makes in so long; no longer than that.
     pub(super) fn faster_than(self, other: Self, wait: Duration) -> Duration {
         let (price, of_other) = (u128::from(self.per_token), u128::from(other.per_token.max(1)));

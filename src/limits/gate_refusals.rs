@@ -9,8 +9,8 @@ use super::{
     gate::{Arriving, GateState, SharedGate},
     out_of_room::OutOfRoom,
     refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
-    report::BucketName,
-    rule::Limit,
+    report::{BucketName, WhatIsRefused},
+    rule::{Limit, Origin},
 };
 
 impl SharedGate {
@@ -31,8 +31,9 @@ impl SharedGate {
     /// Counts and tells a refusal.
     pub(super) fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
         self.count(refusal, caller, Decision::Refused);
-        if let Some(why @ (Stage::Gate, _)) = refusal.by_stage() {
-            self.ledger.refusing().note(now, why, None, &BucketName::Caller(caller));
+        if let Some((stage @ Stage::Gate, reason)) = refusal.by_stage() {
+            let (name, origin) = (BucketName::Caller(caller), Origin::Set);
+            self.ledger.refusing().note(now, WhatIsRefused { stage, name, method: None, reason, origin });
         }
         self.want(refusal);
     }
@@ -71,7 +72,15 @@ impl GateState {
             ConnectionRefusal::Descriptors | ConnectionRefusal::NodeConnections => {
                 (u64::from(it.group_open), self.connections.share())
             }
-            _ => return,
+            // It is short of no place, and has no share but its rate.
+            ConnectionRefusal::Processor => (u64::from(it.group_open), u64::MAX),
+            ConnectionRefusal::Unidentified
+            | ConnectionRefusal::Blocked
+            | ConnectionRefusal::CallerConnections
+            | ConnectionRefusal::CallerRate
+            | ConnectionRefusal::OverflowRate
+            | ConnectionRefusal::NotOwner
+            | ConnectionRefusal::AdminConnections => return,
         };
         let head = it.plan.families.head(it.caller);
         self.out_of_room.note(OutOfRoom { caller: it.caller, head, refusal, held, share });

@@ -6,6 +6,7 @@ use super::{
     budget::Pressure,
     caller::{CallerKey, WhoHolds},
     gate::Gate,
+    in_force::limit_text,
     out_of_room::OutOfRoom,
     processor::ProcessorShare,
     report::{BucketName, Heavy, Standing},
@@ -100,7 +101,7 @@ impl Gate {
     pub fn report(&self, n: usize) -> Vec<Heavy> {
         let state = self.shared.state();
         let mut all = state.rates.heaviest(n);
-        all.extend(Heavy::without_bucket("connections", state.rates.refused_unknown()));
+        all.extend(Heavy::without_bucket("connections", state.rates.unknown()));
         all
     }
 
@@ -112,6 +113,17 @@ impl Gate {
     /// How many connections were refused for want of processor time since this was last asked.
     pub fn wanting(&self) -> u64 {
         self.shared.wanting.swap(0, Relaxed)
+    }
+
+    /// Whether what is the caller's own refuses none of its connections, and counts those that it would.
+    pub fn is_dry_run(&self, caller: CallerKey) -> bool {
+        let plan = self.shared.plan.load();
+        plan.dry || plan.rule(&caller).dry_run
+    }
+
+    /// How often a caller may connect anew, in words.
+    pub fn rate_of(&self, caller: CallerKey) -> String {
+        limit_text(self.shared.plan.load().rule(&caller).limit())
     }
 
     /// How much of the processor the agent may use.

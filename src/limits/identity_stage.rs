@@ -102,7 +102,12 @@ impl Ledger {
         let caller_exempt = of.caller_exempt;
         let CallToSpare { method, taker, now, nth, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let lacking = |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, origin });
+        let each = match limit {
+            Limit::Quota(quota) => quota.time_of(choice.rule.costs().answer()),
+            Limit::Exempt | Limit::Unlimited | Limit::Block => Duration::ZERO,
+        };
+        let lacking =
+            |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, each, origin });
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,

@@ -146,7 +146,8 @@ fn overrides_text(number: usize) -> String {
     if number == 1 { "1 override".to_owned() } else { format!("{number} overrides") }
 }
 
-fn limit_text(limit: Limit) -> String {
+/// A limit in words.
+pub(super) fn limit_text(limit: Limit) -> String {
     match limit {
         Limit::Quota(quota) => quota_text(quota),
         Limit::Unlimited => "unlimited".to_owned(),

@@ -24,7 +24,7 @@ use super::{
     patience,
     policy::{Choice, Layers},
     refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
-    report::{BucketName, Refusing},
+    report::{BucketName, Refusing, WhatIsRefused},
     room::{Room, Short},
     rule::{Limit, Origin, Rule},
     settings::{LimitSettings, NodeQuota, SoftLimits},
@@ -140,6 +140,8 @@ pub(super) struct Scarcity {
     pub(super) charged_as: ChargedAs,
     pub(super) reason: Reason,
     pub(super) retry_after: Duration,
+    /// What the tokens of one call take to come back.
+    pub(super) each: Duration,
     pub(super) origin: Origin,
 }
 
@@ -322,6 +324,11 @@ impl Ledger {
         }
     }
 
+    /// What a call hears that is refused without having waited: those of its caller that wait come before it.
+    pub(super) fn behind_waiting(&self, refusal: Refusal, group: u64) -> Refusal {
+        if refusal.is_in_turn() { refusal.of_nth(self.places.next_of(group)) } else { refusal }
+    }
+
     /// How many found none since this was last asked.
     pub(super) fn wanting(&self) -> u64 {
         self.wanting.swap(0, Relaxed)
@@ -372,7 +379,7 @@ impl Ledger {
         name: impl FnOnce() -> Option<BucketName>,
     ) -> Result<(), Refusal> {
         let Question { plan, stage, method, dry, attempt } = *question;
-        let Scarcity { charged_as, reason, retry_after, origin } = lack;
+        let Scarcity { charged_as, reason, retry_after, each, origin } = lack;
         if dry {
             self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
             return Ok(());
@@ -380,12 +387,14 @@ impl Ledger {
         let shed = stage == Stage::Node;
         let is_ours = shed || origin == Origin::ByDefault || reason == Reason::InFlight;
         let status = if is_ours { RejectionStatus::Unavailable } else { plan.status };
+        let spiffe_id = None;
         let refusal =
-            Refusal { method, stage, charged_as, reason, retry_after, shed, status, origin, spiffe_id: None };
+            Refusal { method, stage, charged_as, reason, retry_after, each, shed, status, origin, spiffe_id };
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
-                self.refusing().note(self.now(), (stage, reason), Some(method), &name);
+                let what = WhatIsRefused { stage, name, method: Some(method), reason, origin };
+                self.refusing().note(self.now(), what);
             }
         }
         Err(refusal)
@@ -415,7 +424,8 @@ impl Ledger {
         };
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
-        let lack = Scarcity { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, origin };
+        let each = quota.time_of(1);
+        let lack = Scarcity { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, each, origin };
         let done = self.refuse(&question, lack, || Some(BucketName::Node));
         if attempt.counts(&done) {
             lock(self.node.get(method)).note_refused(taker);

@@ -15,9 +15,9 @@ pub struct OutOfRoom {
     /// Who stands for all its family ([`Families`](super::Families)).
     pub head: CallerKey,
     pub refusal: ConnectionRefusal,
-    /// Bytes that it held when it was last refused, or connections where these are short: those of its family with it.
+    /// Bytes that it held when it was last refused where these are short, or else connections: those of its family with it.
     pub held: u64,
-    /// What its share was.
+    /// What its share was; [`u64::MAX`] for none.
     pub share: u64,
 }
 

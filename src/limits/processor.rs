@@ -41,6 +41,12 @@ impl ProcessorShare {
         self.0.into()
     }
 
+    /// As people write it, in cores.
+    pub fn text(self) -> String {
+        let text = format!("{}.{:03}", self.0 / 1000, self.0 % 1000);
+        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    }
+
     /// What flows back in so much time.
     fn of(self, elapsed: Duration) -> Duration {
         elapsed.saturating_mul(self.0) / 1000

@@ -108,6 +108,11 @@ impl ConnectionRefusal {
     }
 }
 
+/// The shortest wait that is told of a limit by default: nobody comes back sooner.
+pub(super) const SHORTEST_TURN: Duration = Duration::from_millis(1);
+/// The longest that a call is told to wait for those of its caller before it: room may return at any time.
+pub const LONGEST_TURN: Duration = Duration::from_secs(2);
+
 /// What a refused caller is told. Load shedding says `Unavailable` whatever is set here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RejectionStatus {
@@ -128,9 +133,11 @@ pub struct Refusal {
     /// What kind of key was charged.
     pub charged_as: ChargedAs,
     pub reason: Reason,
-    /// When the same call would pass if nobody else took anything. [`Duration::MAX`] when waiting does not help:
-    /// [`Refusal::wait`] tells.
+    /// When the same call would pass if nobody else took anything; of a limit by default, behind the calls of its caller that
+    /// wait. [`Duration::MAX`] when waiting does not help: [`Refusal::wait`] tells.
     pub retry_after: Duration,
+    /// What the tokens of one such call take to come back.
+    pub each: Duration,
     /// The node sheds load: not this caller's doing.
     pub shed: bool,
     /// What the caller is told.
@@ -194,7 +201,9 @@ impl Refusal {
     /// Why a limit refuses that nobody set.
     fn because(&self) -> &'static str {
         match (self.origin, self.reason) {
-            (Origin::ByDefault, Reason::Rate | Reason::Memory) => ", and the node has no room",
+            // Nothing else makes a default refuse a call.
+            (Origin::ByDefault, Reason::Rate) => ", and the agent is short of processor time",
+            (Origin::ByDefault, Reason::Memory) => ", and the agent is short of it",
             _ => "",
         }
     }
@@ -208,6 +217,27 @@ impl Refusal {
             Reason::InFlight | Reason::Memory => true,
             Reason::Blocked | Reason::Connections => false,
         }
+    }
+
+    /// Whether calls of one caller pass one after the other: what an admin set tells the bucket's wait, whoever waits.
+    pub(super) fn is_in_turn(&self) -> bool {
+        self.reason == Reason::Rate && self.origin == Origin::ByDefault
+    }
+
+    /// When it is the turn of a call that waits as the `nth` of its caller.
+    pub(super) fn turn(&self, nth: u32) -> Duration {
+        let before =
+            if self.is_in_turn() { self.each.saturating_mul(nth.saturating_sub(1)) } else { Duration::ZERO };
+        self.retry_after.saturating_add(before).max(SHORTEST_TURN)
+    }
+
+    /// The same refusal of a call that was, or would be, the `nth` of its caller to wait, and is told to come back.
+    pub(super) fn of_nth(self, nth: u32) -> Self {
+        if !self.is_in_turn() {
+            return self;
+        }
+        let retry_after = self.turn(nth).min(LONGEST_TURN.max(self.retry_after));
+        Self { retry_after, ..self }
     }
 
     /// How long to wait; `None` when a blocked caller need not come back.

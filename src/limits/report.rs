@@ -1,9 +1,9 @@
 //! What people see: the heaviest keys, and when refusals of a key begin and end.
 //!
-//! Under load a log line per refusal is the attack. So a key that is refused is listed once, and leaves the
-//! list when it has not been refused for [`QUIET`]; both are an [`Event`] for whoever logs. The list holds
-//! [`LISTED`] keys: of more only the number of refusals is told. That bounds the lines to `2 x LISTED` per
-//! `QUIET`, whoever calls and how often.
+//! Under load a log line per refusal is the attack. So what is refused is listed once for each bucket, method and
+//! reason, is told again each [`AGAIN`] while it goes on, and leaves the list when it has not been refused for
+//! [`QUIET`]; each is an [`Event`] for whoever logs. The list holds [`LISTED`] of them: of more only the number of
+//! refusals is told. That bounds the lines to `2 x LISTED` per `QUIET`, whoever calls and how often.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -22,13 +22,15 @@ use crate::identity::SpiffeId;
 /// How many callers a line names that take from a bucket, or go without.
 const NAMED: usize = 3;
 
-/// How many keys can be seen as being refused at a time.
+/// How many can be seen as being refused at a time.
 pub const LISTED: usize = 64;
-/// How long a key must not have been refused for its refusals to be over.
+/// How long one must not have been refused for its refusals to be over.
 pub const QUIET: Duration = Duration::from_secs(30);
+/// How often refusals are told again that go on.
+pub const AGAIN: Duration = Duration::from_secs(60);
 
-/// The key of a bucket as people know it. Never a metric label.
-#[derive(Clone, PartialEq, Eq)]
+/// The key of a bucket as people know it; equal for one bucket. Never a metric label.
+#[derive(Clone, Eq)]
 pub enum BucketName {
     /// A caller.
     Caller(CallerKey),
@@ -42,6 +44,22 @@ pub enum BucketName {
     Node,
     /// All those together that have no bucket of their own, as the table has no room.
     WithoutBucket,
+}
+
+impl PartialEq for BucketName {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Caller(a), Self::Caller(b)) => a == b,
+            (Self::Callers(a), Self::Callers(b)) => a == b,
+            (Self::Identity(a), Self::Identity(b)) => a == b,
+            // Whichever of its SPIFFE IDs it is named by.
+            (Self::Masked(id, mask), Self::Masked(of, other)) => {
+                mask == other && mask.names(id).eq(other.names(of))
+            }
+            (Self::Node, Self::Node) | (Self::WithoutBucket, Self::WithoutBucket) => true,
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for BucketName {
@@ -81,9 +99,9 @@ pub struct Heavy {
 
 impl Heavy {
     /// Those for whom a table has no room, if any were refused.
-    pub(super) fn without_bucket(what: &'static str, refused: u32) -> Option<Self> {
+    pub(super) fn without_bucket(what: &'static str, (used, refused): (u32, u32)) -> Option<Self> {
         let name = BucketName::WithoutBucket;
-        (refused > 0).then_some(Self { name, what, used: 0, refused, most: 0, takings: Vec::new() })
+        (refused > 0).then_some(Self { name, what, used, refused, most: 0, takings: Vec::new() })
     }
 
     /// What the heaviest are sorted by.
@@ -99,8 +117,8 @@ pub enum Standing {
     Tokens {
         /// Whole tokens that could be taken now.
         left: u32,
-        /// The most there can be.
-        burst: u32,
+        /// The limit.
+        quota: Quota,
         /// Whose word the limit is.
         origin: Origin,
     },
@@ -119,7 +137,7 @@ impl Standing {
         match limit {
             Limit::Quota(quota) => {
                 let left = left(quota).unwrap_or_else(|| quota.burst());
-                Self::Tokens { left, burst: quota.burst(), origin: Origin::Set }
+                Self::Tokens { left, quota, origin: Origin::Set }
             }
             Limit::Unlimited => Self::Unlimited,
             Limit::Exempt => Self::Exempt,
@@ -130,7 +148,7 @@ impl Standing {
     /// The same under a limit of this origin.
     pub(super) fn of_origin(self, origin: Origin) -> Self {
         match self {
-            Self::Tokens { left, burst, .. } => Self::Tokens { left, burst, origin },
+            Self::Tokens { left, quota, .. } => Self::Tokens { left, quota, origin },
             Self::Unlimited | Self::Exempt | Self::Blocked => self,
         }
     }
@@ -139,26 +157,34 @@ impl Standing {
 /// What is worth a log line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A key is being refused.
-    RefusalStarted {
-        stage: Stage,
-        name: BucketName,
-        /// Why the first of them was.
-        reason: Reason,
-        /// Of the call that was refused first.
-        method: Option<Method>,
+    /// It is being refused: at first, and then each [`AGAIN`].
+    Refusing {
+        what: WhatIsRefused,
+        /// How often since this was last said.
+        times: u64,
         /// Who takes from it, where several callers do.
         takings: Vec<Taking>,
     },
-    /// A key has not been refused for [`QUIET`].
+    /// It has not been refused for [`QUIET`].
     RefusalEnded {
-        stage: Stage,
-        name: BucketName,
+        what: WhatIsRefused,
         /// How often it was refused.
         count: u64,
     },
-    /// Refusals of keys that found the list full, since this was last said.
+    /// Refusals that found the list full, since this was last said.
     RefusalsUnlisted { count: u64 },
+}
+
+/// What refusals are told apart by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WhatIsRefused {
+    pub stage: Stage,
+    pub name: BucketName,
+    /// `None` for connections.
+    pub method: Option<Method>,
+    pub reason: Reason,
+    /// Whose word the limit is.
+    pub origin: Origin,
 }
 
 /// Names those of whom `count` is highest, with it: `uid:7 400, uid:8 3`.
@@ -173,7 +199,7 @@ pub fn foremost(takings: &[Taking], count: impl Fn(&Taking) -> u32) -> String {
     named.collect::<Vec<_>>().join(", ")
 }
 
-/// The keys that are being refused now.
+/// What is being refused now.
 #[derive(Debug, Default)]
 pub(super) struct Refusing {
     listed: Vec<Listed>,
@@ -183,30 +209,22 @@ pub(super) struct Refusing {
 
 #[derive(Debug)]
 struct Listed {
-    stage: Stage,
-    name: BucketName,
-    reason: Reason,
-    method: Option<Method>,
-    told: bool,
+    what: WhatIsRefused,
+    /// So many stand in a line, and when the last was.
+    told: u64,
+    told_at: u64,
     count: u64,
     last: u64,
 }
 
 impl Refusing {
-    /// Notes a refusal. `name` is asked only when it is listed.
-    pub(super) fn note(
-        &mut self,
-        now: u64,
-        (stage, reason): (Stage, Reason),
-        method: Option<Method>,
-        name: &BucketName,
-    ) {
-        if let Some(listed) = self.listed.iter_mut().find(|it| it.stage == stage && it.name == *name) {
+    /// Notes a refusal.
+    pub(super) fn note(&mut self, now: u64, what: WhatIsRefused) {
+        if let Some(listed) = self.listed.iter_mut().find(|it| it.what == what) {
             listed.count += 1;
             listed.last = now;
         } else if self.listed.len() < LISTED {
-            let name = name.clone();
-            self.listed.push(Listed { stage, name, reason, method, told: false, count: 1, last: now });
+            self.listed.push(Listed { what, told: 0, told_at: now, count: 1, last: now });
         } else {
             self.unlisted += 1;
         }
@@ -215,14 +233,16 @@ impl Refusing {
     /// What has happened since this was last asked. Who takes is for others to say.
     pub(super) fn drain(&mut self, now: u64) -> Vec<Event> {
         let mut events = Vec::new();
-        for it in self.listed.iter_mut().filter(|it| !it.told) {
-            it.told = true;
-            let (stage, name, reason, method) = (it.stage, it.name.clone(), it.reason, it.method);
-            events.push(Event::RefusalStarted { stage, name, reason, method, takings: Vec::new() });
+        let [quiet, again] = [QUIET, AGAIN].map(|time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        for it in &mut self.listed {
+            let times = it.count - it.told;
+            if it.told == 0 || times > 0 && it.told_at.saturating_add(again) <= now {
+                (it.told, it.told_at) = (it.count, now);
+                events.push(Event::Refusing { what: it.what.clone(), times, takings: Vec::new() });
+            }
         }
-        let quiet = u64::try_from(QUIET.as_nanos()).unwrap_or(u64::MAX);
         for it in self.listed.extract_if(.., |it| it.last.saturating_add(quiet) <= now) {
-            events.push(Event::RefusalEnded { stage: it.stage, name: it.name, count: it.count });
+            events.push(Event::RefusalEnded { what: it.what, count: it.count });
         }
         if self.unlisted > 0 && self.unlisted_told.saturating_add(quiet) <= now {
             events.push(Event::RefusalsUnlisted { count: std::mem::take(&mut self.unlisted) });
@@ -238,33 +258,59 @@ mod tests {
 
     const SECOND: u64 = 1_000_000_000;
 
-    fn name(uid: u32) -> BucketName {
-        BucketName::Caller(CallerKey::Uid(uid))
+    fn calls_of(uid: u32, method: Method) -> WhatIsRefused {
+        WhatIsRefused {
+            stage: Stage::Caller,
+            name: BucketName::Caller(CallerKey::Uid(uid)),
+            method: Some(method),
+            reason: Reason::Rate,
+            origin: Origin::Set,
+        }
+    }
+
+    fn refusing_now(what: WhatIsRefused, times: u64) -> Event {
+        Event::Refusing { what, times, takings: Vec::new() }
     }
 
     #[test]
-    fn a_refused_key_is_told_of_twice() {
+    fn what_is_refused_is_told_when_it_begins_each_minute_and_when_it_ends() {
         let mut refusing = Refusing::default();
-        let (stage, reason) = (Stage::Caller, Reason::Rate);
+        let [jwt, x509] = [Method::FetchJwtSvid, Method::FetchX509Svid].map(|method| calls_of(1, method));
         for call in 0..1000 {
-            refusing.note(call, (stage, reason), None, &name(1));
+            refusing.note(call, jwt.clone());
         }
-        let started =
-            Event::RefusalStarted { stage, name: name(1), reason, method: None, takings: Vec::new() };
-        assert_eq!(refusing.drain(SECOND), [started]);
-        refusing.note(20 * SECOND, (stage, reason), None, &name(1));
+        assert_eq!(refusing.drain(SECOND), [refusing_now(jwt.clone(), 1000)]);
+        refusing.note(20 * SECOND, jwt.clone());
+        refusing.note(20 * SECOND, x509.clone());
+        assert_eq!(refusing.drain(21 * SECOND), [refusing_now(x509.clone(), 1)], "each method has a line");
+        refusing.note(48 * SECOND, jwt.clone());
         assert_eq!(refusing.drain(49 * SECOND), [], "not quiet yet");
-        assert_eq!(refusing.drain(50 * SECOND), [Event::RefusalEnded { stage, name: name(1), count: 1001 }]);
-        assert_eq!(refusing.drain(100 * SECOND), []);
+        assert_eq!(refusing.drain(50 * SECOND), [Event::RefusalEnded { what: x509, count: 1 }]);
+        assert_eq!(refusing.drain(60 * SECOND), []);
+        assert_eq!(refusing.drain(61 * SECOND), [refusing_now(jwt.clone(), 2)], "it goes on");
+        assert_eq!(refusing.drain(78 * SECOND), [Event::RefusalEnded { what: jwt, count: 1002 }]);
+        assert_eq!(refusing.drain(200 * SECOND), []);
+    }
+
+    #[test]
+    fn one_bucket_of_a_mask_is_one_whichever_of_its_identities_it_is_named_by() {
+        let mask = |text| Arc::new(IdPattern::parse(text).unwrap());
+        let of =
+            |id, mask: &Arc<IdPattern>| BucketName::Masked(SpiffeId::parse(id).unwrap(), Arc::clone(mask));
+        let (all, each) = (mask("spiffe://td/*/sa"), mask("spiffe://td/{name}/sa"));
+        assert_eq!(of("spiffe://td/a/sa", &all), of("spiffe://td/b/sa", &all));
+        assert_ne!(of("spiffe://td/a/sa", &each), of("spiffe://td/b/sa", &each));
+        assert_ne!(of("spiffe://td/a/sa", &all), of("spiffe://td/a/sa", &each));
     }
 
     #[test]
     fn many_refused_keys_are_few_lines() {
         let mut refusing = Refusing::default();
         let mut lines = 0;
-        // A new key is refused each millisecond, for 10 minutes; somebody logs each second.
+        // A new key is refused each millisecond, for 10 minutes, and some all the time; somebody logs each second.
         for ms in 0..600_000_u32 {
-            refusing.note(u64::from(ms) * 1_000_000, (Stage::Caller, Reason::Rate), None, &name(ms));
+            refusing.note(u64::from(ms) * 1_000_000, calls_of(ms, Method::FetchJwtSvid));
+            refusing.note(u64::from(ms) * 1_000_000, calls_of(ms % 32, Method::FetchX509Svid));
             if ms % 1000 == 0 {
                 lines += refusing.drain(u64::from(ms) * 1_000_000).len();
             }

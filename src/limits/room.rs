@@ -6,15 +6,18 @@ use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 use tokio::sync::Notify;
 
-/// Of what there is no room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Short {
-    /// Bytes of the memory budget.
-    Memory,
-    /// Descriptors of the process.
-    Descriptors,
-    /// The processor time that the agent may use.
-    Processor,
+use crate::telemetry::registry::labels;
+
+labels! {
+    /// Of what there is no room.
+    Short, "of" {
+        /// Bytes of the memory budget.
+        Memory = "memory",
+        /// Descriptors of the process.
+        Descriptors = "descriptors",
+        /// The processor time that the agent may use.
+        Processor = "processor",
+    }
 }
 
 /// Whether there is room. There is at first.

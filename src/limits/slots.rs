@@ -261,6 +261,11 @@ impl Slots {
         AttestationSlot { slots: Arc::clone(self), caller, nth }
     }
 
+    /// Which of its caller's the next slot would be that it takes.
+    pub(super) fn next_of(&self, caller: u64) -> u32 {
+        self.lock().by_caller.of(&caller).saturating_add(1)
+    }
+
     /// How many are out.
     pub(super) fn in_use(&self) -> u32 {
         self.lock().in_use

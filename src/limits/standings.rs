@@ -7,10 +7,11 @@ use super::{
     budget::Accounted,
     caller::CallerKey,
     identity_stage::identity_name,
+    in_force::limit_text,
     ledger::LimitNow,
     method::Method,
     refusal::Stage,
-    report::{BucketName, Event, Heavy, Standing},
+    report::{BucketName, Event, Heavy, Standing, WhatIsRefused},
     rule::{Limit, Rule},
     settings::NodeQuota,
     shares::Taking,
@@ -30,13 +31,13 @@ impl Limits {
         all.extend(self.ledger().identities().table.heaviest(n).into_iter().map(of(Stage::Identity)));
         all.extend(Method::ALL.into_iter().filter_map(|method| self.of_node(method)).map(of(Stage::Node)));
         let unknown = [
-            (Stage::Caller, self.ledger().callers().refused_unknown()),
-            (Stage::Identity, self.ledger().identities().table.refused_unknown()),
+            (Stage::Caller, self.ledger().callers().unknown()),
+            (Stage::Identity, self.ledger().identities().table.unknown()),
         ];
         all.extend(
             unknown
                 .into_iter()
-                .filter_map(|(stage, refused)| Some((stage, Heavy::without_bucket("all methods", refused)?))),
+                .filter_map(|(stage, calls)| Some((stage, Heavy::without_bucket("all methods", calls)?))),
         );
         all.sort_by_key(|(_, heavy)| std::cmp::Reverse(heavy.weight()));
         all.truncate(n);
@@ -82,7 +83,7 @@ impl Limits {
     pub fn node_standing(&self, method: Method) -> Option<(BucketName, Standing)> {
         let (NodeQuota { quota, origin }, bucket) = self.ledger().node(method)?;
         let left = bucket.left(self.ledger().now(), quota, self.ledger().plan().since.node);
-        Some((BucketName::Node, Standing::Tokens { left, burst: quota.burst(), origin }))
+        Some((BucketName::Node, Standing::Tokens { left, quota, origin }))
     }
 
     /// The bucket that a caller is charged to for a method, and how it stands.
@@ -132,6 +133,31 @@ impl Limits {
         }
     }
 
+    /// Whether the bucket of this name refuses nobody, and counts whom it would.
+    pub fn is_dry_run(&self, name: &BucketName, method: Method) -> bool {
+        let plan = self.ledger().plan();
+        plan.dry
+            || match name {
+                BucketName::Caller(caller) => plan.caller.choose(caller, method).rule.dry_run,
+                BucketName::Callers(pattern) => {
+                    plan.caller.of_shared(pattern, method).is_some_and(|choice| choice.rule.dry_run)
+                }
+                BucketName::Identity(id) | BucketName::Masked(id, _) => {
+                    plan.identity.choose(id, method).rule.dry_run
+                }
+                BucketName::Node => plan.node_dry,
+                BucketName::WithoutBucket => false,
+            }
+    }
+
+    /// The limit of the bucket of this name, in words; `None` where there is none, or no longer.
+    pub fn limit_of(&self, name: &BucketName, method: Method) -> Option<String> {
+        match self.standing(name, method)? {
+            Standing::Tokens { quota, .. } => Some(limit_text(Limit::Quota(quota))),
+            Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
+        }
+    }
+
     fn is_in_overflow(&self, key: BucketKey, quota: Quota) -> bool {
         let ledger = self.ledger();
         ledger.callers().is_in_overflow(ledger.now(), key, quota)
@@ -170,7 +196,10 @@ impl Limits {
     pub fn events(&self) -> Vec<Event> {
         let mut events = self.ledger().refusing().drain(self.ledger().now());
         for event in &mut events {
-            if let Event::RefusalStarted { name, method: Some(method), takings, .. } = event {
+            if let Event::Refusing {
+                what: WhatIsRefused { name, method: Some(method), .. }, takings, ..
+            } = event
+            {
                 *takings = self.takings(name, *method);
             }
         }

@@ -65,8 +65,8 @@ pub(super) struct Table {
     /// Cells of regulars.
     regulars: usize,
     latest: u64,
-    /// Refusals of keys that are not known.
-    refused_unknown: u32,
+    /// Calls of keys that are not known: those that passed, and those that were refused.
+    unknown: (u32, u32),
 }
 
 impl Table {
@@ -84,7 +84,7 @@ impl Table {
             hand: 0,
             regulars: 0,
             latest: 0,
-            refused_unknown: 0,
+            unknown: (0, 0),
         };
         table.resize(size, parts);
         table
@@ -140,6 +140,8 @@ impl Table {
             Some(outcome) => outcome?,
             None => self.hold_new(now, ask, short, who).map(|(place, tokens)| (place, tokens, None))?,
         };
+        let passed = &mut self.unknown.0;
+        *passed = passed.saturating_add(u32::from(!matches!(place, ChargedTo::Own(_))));
         let short = if spared { Shortfall::Pass } else { short };
         // Tokens that were not there are no debt of the bucket. A share had all of them, and pays.
         let of_bucket = if tokens < ask.cost { Shortfall::Pass } else { short };
@@ -286,7 +288,7 @@ impl Table {
             of_bucket,
         } = *held;
         let refund = u32::from(asked > 0 && cost == 0);
-        let Self { index, cells, shared, parents, .. } = self;
+        let Self { index, cells, shared, parents, unknown, .. } = self;
         let bucket = match place {
             ChargedTo::Own(at) => cell(index, cells, key.hash, at).map(|cell| {
                 cell.used = cell.used.saturating_sub(refund);
@@ -299,7 +301,10 @@ impl Table {
                 }
                 &mut cell.bucket
             }),
-            ChargedTo::Overflow | ChargedTo::Stray => parents.bucket(key.parent, place, quota),
+            ChargedTo::Overflow | ChargedTo::Stray => {
+                unknown.0 = unknown.0.saturating_sub(refund);
+                parents.bucket(key.parent, place, quota)
+            }
         };
         bucket.map(|bucket| bucket.settle_by(now, quota, tokens, cost, of_bucket))
     }
@@ -371,9 +376,9 @@ impl Table {
         find(&self.index, &self.cells, key.hash).is_some()
     }
 
-    /// How many refusals were of keys that have no bucket of their own.
-    pub(super) fn refused_unknown(&self) -> u32 {
-        self.refused_unknown
+    /// How many calls passed that were of keys without a bucket of their own, and how many were refused.
+    pub(super) fn unknown(&self) -> (u32, u32) {
+        self.unknown
     }
 
     /// Counts for people that a call was refused. One that had to wait and then passed was not.
@@ -385,7 +390,7 @@ impl Table {
                 self.shared.note_refused(key.hash, taker);
             }
         } else {
-            self.refused_unknown = self.refused_unknown.saturating_add(1);
+            self.unknown.1 = self.unknown.1.saturating_add(1);
         }
     }
 

@@ -15,9 +15,6 @@ use super::{
     slots::AttestationSlot,
 };
 
-/// The shortest wait for tokens: the clock that wakes a call has no finer steps.
-const SHORTEST: Duration = Duration::from_millis(1);
-
 /// How long a call has waited, and may wait.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WaitOfCall {
@@ -40,11 +37,11 @@ impl WaitOfCall {
     }
 
     /// Waits until the tokens should be there that this refusal was for, or there is room: a call that is the `nth` of
-    /// its caller so many times as long. Says what the next try is.
+    /// its caller for those before it too. Says what the next try is.
     pub(super) async fn for_tokens(&mut self, ledger: &Ledger, refusal: &Refusal, nth: u32) -> Attempt {
         let began = ledger.now();
         let left = self.left(began).min(self.for_tokens);
-        let after = refusal.retry_after.saturating_mul(nth).max(SHORTEST);
+        let after = refusal.turn(nth);
         let attempt = tokio::select! {
             () = ledger.room.returns() => Attempt::MayWait,
             () = sleep(after.min(left)) => if after < left { Attempt::MayWait } else { Attempt::Last },

@@ -114,7 +114,7 @@ fn passes(limits: &Limits, uid: u32, method: Method, entries: &[SpiffeId]) -> u3
 
 fn tokens(standing: Standing) -> Option<(u32, u32)> {
     match standing {
-        Standing::Tokens { left, burst, .. } => Some((left, burst)),
+        Standing::Tokens { left, quota, .. } => Some((left, quota.burst())),
         Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
     }
 }
@@ -189,7 +189,7 @@ fn a_refusal_says_what_was_short_and_whose() {
             K::Pod,
             R::Rate,
             O::ByDefault,
-            "the caller's pod has no tokens left, and the node has no room",
+            "the caller's pod has no tokens left, and the agent is short of processor time",
         ),
         (S::Caller, K::Shared, R::Rate, O::Set, "the callers that share its bucket have no tokens left"),
         (
@@ -232,6 +232,7 @@ fn a_refusal_says_what_was_short_and_whose() {
             charged_as,
             reason,
             retry_after,
+            each: Duration::ZERO,
             shed: false,
             status,
             origin,
@@ -551,7 +552,7 @@ async fn what_callers_share_is_shared_fairly() {
 
         // Who takes, and who goes without: in the log, and for who asks.
         let told = limits.events().into_iter().find_map(|event| match event {
-            Event::RefusalStarted { stage: of, takings, .. } if of == stage => Some(takings),
+            Event::Refusing { what, takings, .. } if what.stage == stage => Some(takings),
             _ => None,
         });
         let told = told.expect("it is told that it refuses");
@@ -604,6 +605,7 @@ async fn a_dry_run_counts_and_refuses_nothing() {
         assert_eq!(limits.events(), [], "{case}");
         let heaviest = &limits.heaviest(1)[0].1;
         assert_eq!((heaviest.used, heaviest.refused), (10, 9990), "{case}: as people are told");
+        assert!(limits.is_dry_run(&heaviest.name, JWT), "{case}");
     }
 }
 
@@ -642,12 +644,14 @@ async fn refusals_are_told_when_they_begin_and_end() {
         drop(call(&limits, 1, JWT, &web));
     }
     let name = |event: &Event| match event {
-        Event::RefusalStarted { stage, name, .. } => format!("start {} {name}", stage.text()),
-        Event::RefusalEnded { stage, name, count } => format!("end {} {name} {count}", stage.text()),
+        Event::Refusing { what, times, .. } => {
+            format!("{} {} {times}: {:?}", what.stage.text(), what.name, limits.limit_of(&what.name, JWT))
+        }
+        Event::RefusalEnded { what, count } => format!("end {} {} {count}", what.stage.text(), what.name),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
     };
     let told = || limits.events().iter().map(name).collect::<Vec<_>>();
-    assert_eq!(told(), ["start caller uid:1"]);
+    assert_eq!(told(), [r#"caller uid:1 90: Some("1 a second, 10 at once")"#]);
     assert!(told().is_empty());
     advance(QUIET).await;
     assert_eq!(told(), ["end caller uid:1 90"]);
@@ -1437,6 +1441,9 @@ async fn what_nobody_set_binds_without_room_alone() {
     limits.room().set(Short::Processor, true);
     let refused = gate.open(caller).err();
     assert_eq!(refused, Some(ConnectionRefusal::Processor), "its tokens were charged while there was room");
+    let told: Vec<_> = gate.out_of_room().into_iter().map(|it| (it.caller, it.refusal)).collect();
+    assert_eq!(told, [(caller, ConnectionRefusal::Processor)], "the log has it");
+    assert_eq!(gate.rate_of(caller), "100 a second, 200 at once");
     assert!(refused.is_some_and(ConnectionRefusal::is_soft));
     assert_eq!((gate.wanting(), gate.wanting()), (1, 0));
     assert!(gate.open(CallerKey::Uid(2)).is_ok(), "it has tokens");
@@ -1570,8 +1577,10 @@ async fn each_refusal_counts_for_its_caller() {
         refusal.to_string().contains("the callers without a bucket of their own have no tokens left"),
         "{refusal}"
     );
-    let others = heavy(&full).into_iter().find(|heavy| heavy.name == BucketName::WithoutBucket);
-    assert!(others.is_some_and(|others| others.refused > 0));
+    let all: Vec<_> = full.heaviest(100).into_iter().map(|(_, heavy)| heavy).collect();
+    let others = all.iter().find(|heavy| heavy.name == BucketName::WithoutBucket);
+    assert!(others.is_some_and(|others| others.refused > 0 && others.used > 0), "{others:?}");
+    assert_eq!(all.iter().map(|heavy| heavy.used + heavy.refused).sum::<u32>(), 41, "each call counts once");
 
     // What is no method of ours is not called one.
     let few = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });

@@ -14,7 +14,7 @@ use durward::{
         method::PerMethod,
         patience::{FOR_ATTESTATION, FOR_ROOM, PLACES},
         policy::Layers,
-        refusal::{Reason, Stage},
+        refusal::{LONGEST_TURN, Reason, Stage},
         report::{Event, Standing},
         room::Short,
         rule::{Costs, Limit, Origin, Rule},
@@ -239,6 +239,38 @@ async fn without_room_a_call_waits_for_its_tokens_and_no_longer_than_it_may() {
     }
 }
 
+/// Calls of a crowd that come back when they were told to: each hears when it is its turn, so that none needs many tries.
+#[tokio::test(start_paused = true)]
+async fn who_comes_back_when_it_was_told_to_is_served() {
+    for (stage, settings) in each_stage(100.0, 10, Origin::ByDefault) {
+        let limits = crowded(&settings);
+        let served = join_all((0..600).map(async |_| {
+            for tries in 1..=5 {
+                let Err(refusal) = call(&limits, 1, Patience::USUAL).await else { return tries };
+                let wait = refusal.wait().unwrap();
+                assert!((Duration::from_millis(1)..=LONGEST_TURN).contains(&wait), "{stage:?}: {wait:?}");
+                sleep(wait).await;
+            }
+            panic!("{stage:?}: told five times to come back, and refused each time")
+        }));
+        let tries: u32 = served.await.into_iter().sum();
+        assert!(tries < 3 * 600, "{stage:?}: {tries} tries");
+        // Whoever may not wait hears of those that do, and what an admin set tells when the next token is there.
+        let waits = async { join_all((0..50).map(|_| call(&limits, 1, Patience::USUAL))).await };
+        let at_once = async {
+            sleep(Duration::from_millis(1)).await;
+            call(&limits, 1, Patience::NONE).await.unwrap_err().retry_after
+        };
+        let (_, told) = tokio::join!(waits, at_once);
+        assert!(told >= Duration::from_millis(350), "{stage:?}: {told:?}");
+    }
+    for (stage, settings) in each_stage(100.0, 10, Origin::Set) {
+        let (_, refusals, _) = calls(&limits(&settings), 1, 50, Patience::USUAL).await;
+        let exact = refusals.iter().all(|refusal| refusal.retry_after == Duration::from_millis(10));
+        assert!(exact, "{stage:?}: {refusals:?}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_call_that_waits_is_counted_once() {
     let recorder = PrometheusBuilder::new().build_recorder();
@@ -318,7 +350,7 @@ async fn who_holds_its_share_of_memory_waits_for_room_and_no_longer_than_it_may(
         assert!(took < Duration::from_millis(within), "{case}: {took:?}");
         // The log has what for, and which call.
         let told = limits.events().into_iter().find_map(|event| match event {
-            Event::RefusalStarted { reason, method, .. } => Some((reason, method)),
+            Event::Refusing { what, .. } => Some((what.reason, what.method)),
             _ => None,
         });
         assert_eq!(told, (!passes).then_some((Reason::Memory, Some(JWT))), "{case}");

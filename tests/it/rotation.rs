@@ -351,7 +351,7 @@ async fn who_has_something_signed_pays_for_it_until_it_has_paid() {
     let spent = || {
         let caller = limits.caller_standing(caller, Method::FetchJwtSvid).1;
         [caller, limits.identity_standing(&web, Method::FetchJwtSvid).1].map(|standing| match standing {
-            Standing::Tokens { left, burst, .. } => burst - left,
+            Standing::Tokens { left, quota, .. } => quota.burst() - left,
             other => panic!("{other:?}"),
         })
     };

@@ -127,6 +127,9 @@ pub struct Bucket {
     /// In the answer to Explain: who takes from it, where several callers do.
     #[prost(message, repeated, tag = "8")]
     pub takings: ::prost::alloc::vec::Vec<Taking>,
+    /// A dry run: whom it would refuse is counted, and served.
+    #[prost(bool, tag = "9")]
+    pub dry_run: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Connections {
