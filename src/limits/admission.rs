@@ -21,12 +21,12 @@ use super::{
     method::Method,
     patience::{FOR_ROOM, Patience},
     policy::Choice,
-    refusal::{ChargedAs, Reason, Refusal, Stage},
+    refusal::{ChargedAs, Reason, Refusal, Rest, Stage},
     report::BucketName,
     room::Room,
     rule::{Limit, Origin},
     settings::LimitSettings,
-    shares::Taker,
+    shares::{Taker, TooFew},
     slots::{AttestationSlot, Full},
     waiting::WaitOfCall,
 };
@@ -360,10 +360,16 @@ impl Ledger {
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
-        let lacking = |reason, retry_after| Scarcity { charged_as: own, reason, retry_after, origin };
+        let lacking = |reason, TooFew { wait: retry_after, rest }| Scarcity {
+            charged_as: own,
+            reason,
+            retry_after,
+            origin,
+            rest,
+        };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
-            Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
+            Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX.into())),
             Limit::Quota(quota) => {
                 let key = self.caller_key(plan, caller, method, &choice);
                 let shares = choice.shared.map(|_| taker);
@@ -382,10 +388,10 @@ impl Ledger {
                         held = Some(tokens);
                         None
                     }
-                    Err(wait) => {
+                    Err(lack) => {
                         // One that is refused has no bucket where the table has no room for it.
                         let charged_as = if callers.knows(key) { own } else { ChargedAs::Overflow };
-                        Some(Scarcity { charged_as, ..lacking(Reason::Rate, wait) })
+                        Some(Scarcity { charged_as, ..lacking(Reason::Rate, lack) })
                     }
                 }
             }
@@ -440,6 +446,7 @@ impl Ledger {
             reason: Reason::Memory,
             retry_after: FOR_ROOM,
             origin: Origin::ByDefault,
+            rest: Rest::Nothing,
         };
         // What it holds it holds with its family.
         self.refuse(&question, lack, || Some(BucketName::Caller(plan.families.head(taker.caller))))
@@ -491,6 +498,7 @@ impl Ledger {
             reason: Reason::InFlight,
             retry_after: SHORT_WAIT,
             origin: Origin::ByDefault,
+            rest: Rest::Nothing,
         };
         // That all are busy is nobody's doing.
         self.refuse(&question, lack, || (stage == Stage::Caller).then_some(BucketName::Caller(caller)))?;

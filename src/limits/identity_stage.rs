@@ -15,6 +15,7 @@ use super::{
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
     rule::Limit,
+    shares::TooFew,
 };
 use crate::identity::SpiffeId;
 
@@ -102,7 +103,9 @@ impl Ledger {
         let caller_exempt = of.caller_exempt;
         let CallToSpare { method, taker, now, nth, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let lacking = |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, origin });
+        let lacking = |reason, TooFew { wait: retry_after, rest }| {
+            Some(Scarcity { charged_as: own, reason, retry_after, origin, rest })
+        };
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,
@@ -110,7 +113,7 @@ impl Ledger {
                 self.counters.count(Stage::Identity, Some(method), own, Decision::Allowed);
                 return None;
             }
-            Limit::Block => return lacking(Reason::Blocked, Duration::MAX),
+            Limit::Block => return lacking(Reason::Blocked, Duration::MAX.into()),
         };
         let key = self.identity_key(id, method, choice);
         let Identities { table, held } = identities;
@@ -126,7 +129,7 @@ impl Ledger {
                 held.push((tokens, tokens.place.charged_as(own)));
                 None
             }
-            Err(wait) => lacking(Reason::Rate, wait),
+            Err(lack) => lacking(Reason::Rate, lack),
         }
     }
 
