@@ -21,12 +21,12 @@ use super::{
     method::Method,
     patience::{FOR_ROOM, Patience},
     policy::Choice,
-    refusal::{ChargedAs, Reason, Refusal, Stage},
+    refusal::{ChargedAs, Reason, Refusal, Rest, Stage},
     report::BucketName,
     room::Room,
     rule::{Limit, Origin},
     settings::LimitSettings,
-    shares::Taker,
+    shares::{Taker, TooFew},
     slots::{AttestationSlot, Full},
     waiting::WaitOfCall,
 };
@@ -368,10 +368,17 @@ impl Ledger {
             Limit::Quota(quota) => quota.time_of(costs.answer()),
             Limit::Exempt | Limit::Unlimited | Limit::Block => Duration::ZERO,
         };
-        let lacking = |reason, retry_after| Scarcity { charged_as: own, reason, retry_after, each, origin };
+        let lacking = |reason, TooFew { wait: retry_after, rest }| Scarcity {
+            charged_as: own,
+            reason,
+            retry_after,
+            each,
+            origin,
+            rest,
+        };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
-            Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX)),
+            Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX.into())),
             Limit::Quota(quota) => {
                 let key = self.caller_key(plan, caller, method, &choice);
                 let shares = choice.shared.map(|_| taker);
@@ -390,10 +397,10 @@ impl Ledger {
                         held = Some(tokens);
                         None
                     }
-                    Err(wait) => {
+                    Err(lack) => {
                         // One that is refused has no bucket where the table has no room for it.
                         let charged_as = if callers.knows(key) { own } else { ChargedAs::Overflow };
-                        Some(Scarcity { charged_as, ..lacking(Reason::Rate, wait) })
+                        Some(Scarcity { charged_as, ..lacking(Reason::Rate, lack) })
                     }
                 }
             }
@@ -449,6 +456,7 @@ impl Ledger {
             retry_after: FOR_ROOM,
             each: Duration::ZERO,
             origin: Origin::ByDefault,
+            rest: Rest::Nothing,
         };
         // What it holds it holds with its family.
         self.refuse(&question, lack, || Some(BucketName::Caller(plan.families.head(taker.caller))))
@@ -501,6 +509,7 @@ impl Ledger {
             retry_after: SHORT_WAIT,
             each: Duration::ZERO,
             origin: Origin::ByDefault,
+            rest: Rest::Nothing,
         };
         // That all are busy is nobody's doing.
         self.refuse(&question, lack, || (stage == Stage::Caller).then_some(BucketName::Caller(caller)))?;

@@ -166,13 +166,6 @@ impl Quota {
         u64::try_from(nanos).map_or(wait, |nanos| wait.min(Duration::from_nanos(nanos)))
     }
 
-    /// What one of so many has of this quota; at least enough for one call that costs so much.
-    pub(super) fn part(self, of: u32, cost: u32) -> Self {
-        let of = of.max(1);
-        let per_token = self.per_token.saturating_mul(u64::from(of)).min(LONGEST);
-        Self { per_token, burst: (self.burst / of).max(cost).max(1) }
-    }
-
     pub(super) const fn constant(per_second: u32, burst: u32) -> Self {
         #[expect(clippy::as_conversions, reason = "widening; `From` is not const")]
         let rate = per_second as u64;
@@ -231,10 +224,14 @@ impl Bucket {
 
     /// Tokens that could be taken now, whole ones.
     pub fn left(&self, now: u64, quota: Quota) -> u32 {
+        u32::try_from(self.unspent(now, quota) / quota.per_token).unwrap_or(quota.burst)
+    }
+
+    /// What could be taken now, in nanoseconds of refill.
+    pub(super) fn unspent(&self, now: u64, quota: Quota) -> u64 {
         let mut copy = *self;
         let used = copy.spent(now, quota).saturating_add(price(copy.held, quota));
-        let left = quota.refill().saturating_sub(used) / quota.per_token;
-        u32::try_from(left).unwrap_or(quota.burst)
+        quota.refill().saturating_sub(used)
     }
 
     /// Holds `cost` tokens for a call that begins.
@@ -334,15 +331,14 @@ impl Bucket {
         self.full_at = now + other.spent(now, quota).max(self.spent(now, quota));
     }
 
-    /// Spends as much as another bucket has spent, whatever its quota is, up to all that there is.
-    pub(super) fn inherit_some(&mut self, now: u64, quota: Quota, mut other: Self) {
-        let spent = other.spent(now, quota).min(quota.refill());
+    /// Spends so much, in nanoseconds of refill, if that is more than is spent already.
+    pub(super) fn spend(&mut self, now: u64, quota: Quota, spent: u64) {
         self.full_at = now + spent.max(self.spent(now, quota));
     }
 
     /// What is spent now, in nanoseconds of refill. Reckons anew when the price has changed, so that the number of
     /// tokens spent stays: also where a window or a reload makes the bucket smaller than that for a while.
-    fn spent(&mut self, now: u64, quota: Quota) -> u64 {
+    pub(super) fn spent(&mut self, now: u64, quota: Quota) -> u64 {
         let mut spent = self.full_at.saturating_sub(now);
         if self.price() != quota.per_token {
             spent = convert(spent, self.price(), quota.per_token);
@@ -363,7 +359,7 @@ pub(super) fn convert(spent: u64, from: u64, to: u64) -> u64 {
 }
 
 /// What so many tokens cost, in nanoseconds of refill. Tokens that are held may be of a larger quota than this one.
-fn price(tokens: u32, quota: Quota) -> u64 {
+pub(super) fn price(tokens: u32, quota: Quota) -> u64 {
     u64::from(tokens).saturating_mul(quota.per_token)
 }
 

@@ -15,6 +15,7 @@ use super::{
     refusal::{ChargedAs, Reason, Refusal, Stage},
     report::BucketName,
     rule::Limit,
+    shares::TooFew,
 };
 use crate::identity::SpiffeId;
 
@@ -106,8 +107,9 @@ impl Ledger {
             Limit::Quota(quota) => quota.time_of(choice.rule.costs().answer()),
             Limit::Exempt | Limit::Unlimited | Limit::Block => Duration::ZERO,
         };
-        let lacking =
-            |reason, retry_after| Some(Scarcity { charged_as: own, reason, retry_after, each, origin });
+        let lacking = |reason, TooFew { wait: retry_after, rest }| {
+            Some(Scarcity { charged_as: own, reason, retry_after, each, origin, rest })
+        };
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.
             Limit::Quota(quota) if !caller_exempt => quota,
@@ -115,7 +117,7 @@ impl Ledger {
                 self.counters.count(Stage::Identity, Some(method), own, Decision::Allowed);
                 return None;
             }
-            Limit::Block => return lacking(Reason::Blocked, Duration::MAX),
+            Limit::Block => return lacking(Reason::Blocked, Duration::MAX.into()),
         };
         let key = self.identity_key(id, method, choice);
         let Identities { table, held } = identities;
@@ -131,7 +133,7 @@ impl Ledger {
                 held.push((tokens, tokens.place.charged_as(own)));
                 None
             }
-            Err(wait) => lacking(Reason::Rate, wait),
+            Err(lack) => lacking(Reason::Rate, lack),
         }
     }
 

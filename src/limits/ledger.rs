@@ -23,12 +23,12 @@ use super::{
     method::{Method, PerMethod},
     patience,
     policy::{Choice, Layers},
-    refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Stage},
+    refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Rest, Stage},
     report::{BucketName, Refusing, WhatIsRefused},
     room::{Room, Short},
     rule::{Limit, Origin, Rule},
     settings::{LimitSettings, NodeQuota, SoftLimits},
-    shares::{SharedBucket, Taker},
+    shares::{SharedBucket, Taker, TooFew},
     slots::Slots,
     spare::SpareCalls,
     table::Table,
@@ -143,6 +143,7 @@ pub(super) struct Scarcity {
     /// What the tokens of one call take to come back.
     pub(super) each: Duration,
     pub(super) origin: Origin,
+    pub(super) rest: Rest,
 }
 
 impl Scarcity {
@@ -379,7 +380,7 @@ impl Ledger {
         name: impl FnOnce() -> Option<BucketName>,
     ) -> Result<(), Refusal> {
         let Question { plan, stage, method, dry, attempt } = *question;
-        let Scarcity { charged_as, reason, retry_after, each, origin } = lack;
+        let Scarcity { charged_as, reason, retry_after, each, origin, rest } = lack;
         if dry {
             self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
             return Ok(());
@@ -387,9 +388,19 @@ impl Ledger {
         let shed = stage == Stage::Node;
         let is_ours = shed || origin == Origin::ByDefault || reason == Reason::InFlight;
         let status = if is_ours { RejectionStatus::Unavailable } else { plan.status };
-        let spiffe_id = None;
-        let refusal =
-            Refusal { method, stage, charged_as, reason, retry_after, each, shed, status, origin, spiffe_id };
+        let refusal = Refusal {
+            method,
+            stage,
+            charged_as,
+            reason,
+            retry_after,
+            each,
+            shed,
+            status,
+            origin,
+            rest,
+            spiffe_id: None,
+        };
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
@@ -414,18 +425,24 @@ impl Ledger {
             bucket.come_under(now, plan.since.node, quota);
             bucket.take(now, quota, 1, taker, short)
         };
-        let taken = take(self.shortfall(origin)).or_else(|wait| match self.spare(call, origin) {
+        let taken = take(self.shortfall(origin)).or_else(|lack| match self.spare(call, origin) {
             Ok(()) => take(Shortfall::Pass),
-            Err(sooner) => Err(wait.min(sooner)),
+            Err(sooner) => Err(lack.or_in(sooner)),
         });
-        let Err(retry_after) = taken else {
+        let Err(TooFew { wait: retry_after, rest }) = taken else {
             self.counters.count(Stage::Node, Some(method), ChargedAs::Node, Decision::Allowed);
             return Ok(());
         };
         let dry = plan.dry || plan.node_dry;
         let question = Question { plan, stage: Stage::Node, method, dry, attempt };
-        let each = quota.time_of(1);
-        let lack = Scarcity { charged_as: ChargedAs::Node, reason: Reason::Rate, retry_after, each, origin };
+        let lack = Scarcity {
+            charged_as: ChargedAs::Node,
+            reason: Reason::Rate,
+            retry_after,
+            each: quota.time_of(1),
+            origin,
+            rest,
+        };
         let done = self.refuse(&question, lack, || Some(BucketName::Node));
         if attempt.counts(&done) {
             lock(self.node.get(method)).note_refused(taker);

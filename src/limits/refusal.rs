@@ -123,9 +123,19 @@ pub enum RejectionStatus {
     Unavailable,
 }
 
+/// What is left of a bucket that has too few tokens for a call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rest {
+    /// Less than the call costs.
+    #[default]
+    Nothing,
+    /// Enough for the call, but kept for others that share the bucket.
+    KeptForOthers,
+}
+
 /// A call that was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rate limit exceeded for {}: {}{}", self.what(), self.short_of(), self.because())]
+#[error("rate limit exceeded for {}: {}{}{}", self.what(), self.short_of(), self.but(), self.because())]
 pub struct Refusal {
     pub method: Method,
     /// Which stage refused.
@@ -144,6 +154,8 @@ pub struct Refusal {
     pub status: RejectionStatus,
     /// Whose word the limit is.
     pub origin: Origin,
+    /// What its bucket has, where tokens were short.
+    pub rest: Rest,
     /// Whose bucket refused, at the identity stage.
     pub spiffe_id: Option<SpiffeId>,
 }
@@ -165,24 +177,11 @@ impl Refusal {
             (Reason::Memory, ..) => "the caller holds its share of memory",
             (Reason::InFlight, Stage::Node, _) => "too many callers are being attested",
             (Reason::InFlight, ..) => "too many calls of the caller are being attested",
-            // Of a bucket that callers share a part is kept for those of them that took less.
-            (_, Stage::Node, _) => {
-                "all callers of the node together have no tokens left, but those kept for callers that took less"
-            }
+            (_, Stage::Node, _) => "all callers of the node together have no tokens left",
             (_, Stage::Identity, ChargedAs::Shared) => {
-                return format!(
-                    "the bucket that {} shares has no tokens left, but those kept for callers that took less",
-                    self.identity()
-                )
-                .into();
+                return format!("the bucket that {} shares has no tokens left", self.identity()).into();
             }
-            (_, Stage::Identity, _) => {
-                return format!(
-                    "{} has no tokens left, but those kept for callers that took less",
-                    self.identity()
-                )
-                .into();
-            }
+            (_, Stage::Identity, _) => return format!("{} has no tokens left", self.identity()).into(),
             (_, _, ChargedAs::Pod) => "the caller's pod has no tokens left",
             (_, _, ChargedAs::Shared) => "the callers that share its bucket have no tokens left",
             (_, _, ChargedAs::Overflow) => "the callers without a bucket of their own have no tokens left",
@@ -191,6 +190,14 @@ impl Refusal {
             }
         };
         text.into()
+    }
+
+    /// What it has all the same.
+    fn but(&self) -> &'static str {
+        match self.rest {
+            Rest::Nothing => "",
+            Rest::KeptForOthers => ", but those kept for callers that took less",
+        }
     }
 
     /// The identity whose bucket refused.

@@ -6,6 +6,11 @@
 //! the bucket is left. It is the one bucket that is paid from, so that no more passes than its limit; and a
 //! caller that is alone has all of it.
 //!
+//! A share is a promise, and the bucket has to keep it. So a share is reckoned in the time that the bucket takes to refill: of
+//! `n` callers each pays `n` times what a token costs, and all shares together refill as fast as the bucket. Who joins has
+//! of what is in the bucket what is promised to nobody else, up to its part. Where a limit passes calls by their shares
+//! alone ([`Shortfall::PassOwn`]), it begins with all of its part.
+//!
 //! [`MOST_TAKERS`] have a share each, of what the node shares [`MOST_OF_NODE`]; the others are parted at random into
 //! [`PARTIES`], which have a share each. A family is one taker ([`Families`](super::caller::Families)).
 
@@ -13,8 +18,9 @@ use std::{collections::HashMap, time::Duration};
 
 use super::{
     apart::{KeptApart, QuotaChange},
-    bucket::{Bucket, Quota, Shortfall},
+    bucket::{Bucket, LONGEST, Quota, Shortfall, price},
     caller::CallerKey,
+    refusal::Rest,
 };
 
 /// Callers with a share of their own in one bucket.
@@ -68,9 +74,37 @@ enum ShareOf {
 #[derive(Debug)]
 struct TakerShare {
     of: ShareOf,
+    /// Of the quota of the bucket. A token costs as many as there are takers.
     own: Bucket,
-    asked: u64,
+    /// When its taker last asked; `None` of one that is about to, for the first time.
+    asked: Option<u64>,
     taking: Taking,
+}
+
+impl TakerShare {
+    fn is_active(&self, now: u64, quota: Quota) -> bool {
+        let active = quota.refill().clamp(*ACTIVE.start(), *ACTIVE.end());
+        self.asked.is_some_and(|asked| now.saturating_sub(asked) < active) || self.own.held > 0
+    }
+
+    /// What so many tokens cost a share, in nanoseconds of refill.
+    fn price(tokens: u32, quota: Quota, takers: usize) -> u64 {
+        let takers = u64::try_from(takers).unwrap_or(u64::MAX);
+        price(tokens, quota).saturating_mul(takers).min(LONGEST)
+    }
+
+    /// What is spent of it and held, in nanoseconds of refill.
+    fn used(&mut self, now: u64, quota: Quota, takers: usize) -> u64 {
+        self.own.spent(now, quota).saturating_add(Self::price(self.own.held, quota, takers))
+    }
+
+    /// When it has so many tokens, if it has not.
+    fn wait(&mut self, now: u64, quota: Quota, cost: u32, takers: usize) -> Option<Duration> {
+        let price = Self::price(cost, quota, takers);
+        let after = self.used(now, quota, takers).saturating_add(price);
+        let most = quota.refill().max(price);
+        (after > most).then(|| Duration::from_nanos(after - most))
+    }
 }
 
 /// The shares of one bucket.
@@ -90,6 +124,36 @@ pub(super) struct Shares {
 impl Default for Shares {
     fn default() -> Self {
         Self::of_at_most(MOST_TAKERS)
+    }
+}
+
+/// A bucket that is shared, and how calls are charged to it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Common {
+    pub(super) bucket: Bucket,
+    pub(super) quota: Quota,
+    pub(super) short: Shortfall,
+}
+
+/// A bucket has too few tokens for a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TooFew {
+    /// When to come back.
+    pub(super) wait: Duration,
+    pub(super) rest: Rest,
+}
+
+impl TooFew {
+    /// Or sooner, when there is something to spare.
+    pub(super) fn or_in(self, sooner: Duration) -> Self {
+        Self { wait: self.wait.min(sooner), ..self }
+    }
+}
+
+impl From<Duration> for TooFew {
+    /// Of a bucket that nobody shares.
+    fn from(wait: Duration) -> Self {
+        Self { wait, rest: Rest::Nothing }
     }
 }
 
@@ -118,11 +182,12 @@ impl Claim {
         }
     }
 
-    /// When to come back where the bucket has too few tokens for so long: when it has enough and to spare, or when it has enough
-    /// and the share too.
-    pub(super) fn comes_back_in(&self, wait: Duration) -> Duration {
+    /// The bucket has too few tokens for so long. Come back when it has enough and to spare, or when it has enough and the share
+    /// too.
+    pub(super) fn lacks(&self, wait: Duration) -> TooFew {
+        let rest = if wait <= self.leaves_take { Rest::KeptForOthers } else { Rest::Nothing };
         let with_share = self.wait.max(wait.saturating_sub(self.leaves_take));
-        if self.can_leave { wait.min(with_share) } else { with_share }
+        TooFew { wait: if self.can_leave { wait.min(with_share) } else { with_share }, rest }
     }
 }
 
@@ -136,35 +201,55 @@ impl Shares {
         let Alone { taker, asked, used, refused } = first;
         let at = self.place(taker, |_| true);
         if let Some(share) = self.all.get_mut(at) {
-            share.asked = asked;
+            share.asked = Some(asked);
             share.taking = Taking { caller: Some(taker.caller), used, refused };
-            share.own.inherit_some(now, quota.part(2, 1), bucket);
+            let spent = quota.refill().saturating_sub(bucket.unspent(now, quota));
+            share.own.spend(now, quota, spent.saturating_mul(2).min(quota.refill()));
         }
     }
 
     /// Looks how many tokens a call of `taker` must leave, and takes note that it asked.
-    pub(super) fn claim(&mut self, now: u64, quota: Quota, cost: u32, taker: Taker) -> Claim {
-        let active = quota.refill().clamp(*ACTIVE.start(), *ACTIVE.end());
-        let is_active = |share: &TakerShare| now.saturating_sub(share.asked) < active || share.own.held > 0;
+    pub(super) fn claim(&mut self, now: u64, common: Common, cost: u32, taker: Taker) -> Claim {
+        let Common { quota, short, .. } = common;
+        let is_active = |share: &TakerShare| share.is_active(now, quota);
         let at = self.place(taker, is_active);
         if self.active == 0 || now.saturating_sub(self.counted) >= COUNTED_FOR {
             self.active = self.all.iter().filter(|share| is_active(share)).count();
             self.counted = now;
         }
+        let joins = self.all.get(at).is_some_and(|share| !is_active(share));
+        // One that is counted now counts itself: it asks.
+        self.active += usize::from(joins);
+        if joins && short == Shortfall::Refuse {
+            self.begin(now, common, at);
+        }
         if let Some(share) = self.all.get_mut(at) {
-            // One that is counted now counts itself: it asks.
-            self.active += usize::from(!is_active(share));
-            share.asked = now;
+            share.asked = Some(now);
             share.taking.caller = matches!(share.of, ShareOf::Group(_)).then_some(taker.caller);
         }
         let takers = self.active;
-        let share = quota.part(u32::try_from(takers).unwrap_or(u32::MAX), cost);
-        let wait = self.all.get_mut(at).and_then(|it| it.own.try_hold(now, share, cost).err());
+        let wait = self.all.get_mut(at).and_then(|share| share.wait(now, quota, cost, takers));
         let kept = quota.burst().div_ceil(2);
         let leaves = if takers > 1 && wait.is_some() { kept } else { 0 };
         let leaves_take = Duration::from_nanos(u64::from(leaves).saturating_mul(quota.per_token));
         let can_leave = cost.saturating_add(leaves) <= quota.burst();
         Claim { at, leaves, can_leave, leaves_take, wait: wait.unwrap_or_default() }
+    }
+
+    /// The taker whose share this is joins: it has of the bucket what is promised to no other, up to its part.
+    fn begin(&mut self, now: u64, common: Common, at: usize) {
+        let Common { bucket, quota, .. } = common;
+        let (takers, refill) = (self.active, quota.refill());
+        let mut promised = 0_u64;
+        for (nth, other) in self.all.iter_mut().enumerate() {
+            if nth != at && other.is_active(now, quota) {
+                promised = promised.saturating_add(refill.saturating_sub(other.used(now, quota, takers)));
+            }
+        }
+        let there_is = bucket.unspent(now, quota).saturating_mul(u64::try_from(takers).unwrap_or(u64::MAX));
+        if let Some(share) = self.all.get_mut(at) {
+            share.own.spend(now, quota, refill.saturating_sub(there_is.saturating_sub(promised)));
+        }
     }
 
     /// The claim has passed: its tokens are held.
@@ -192,13 +277,18 @@ impl Shares {
         cost: u32,
         short: Shortfall,
     ) {
-        // What it passed by was as large as it was then; all of that is paid, however many have a share by now.
-        let quota = match short {
-            Shortfall::Refuse | Shortfall::PassOwn => quota,
-            Shortfall::Pass => quota.part(u32::try_from(self.active).unwrap_or(u32::MAX), cost),
-        };
+        let takers = self.active.max(1);
         if let Some(share) = self.all.get_mut(at) {
-            share.own.settle_by(now, quota, held, cost, short);
+            share.own.held = share.own.held.saturating_sub(held);
+            let most = match short {
+                Shortfall::Refuse | Shortfall::PassOwn => TakerShare::price(quota.burst(), quota, 2 * takers),
+                Shortfall::Pass => {
+                    quota.refill().saturating_sub(TakerShare::price(share.own.held, quota, takers))
+                }
+            };
+            let spent = share.own.spent(now, quota);
+            let after = spent.saturating_add(TakerShare::price(cost, quota, takers));
+            share.own.spend(now, quota, after.min(most));
             share.taking.used = share.taking.used.saturating_sub(u32::from(held > 0 && cost == 0));
         }
     }
@@ -240,7 +330,7 @@ impl Shares {
         let fresh = |of| TakerShare {
             of,
             own: Bucket::default(),
-            asked: 0,
+            asked: None,
             taking: Taking { caller: None, used: 0, refused: 0 },
         };
         let left = |share: &TakerShare| matches!(share.of, ShareOf::Group(_)) && !is_active(share);
@@ -356,7 +446,7 @@ impl SharedBucket {
     /// Takes `cost` tokens of a call that is over at once.
     ///
     /// # Errors
-    /// When to come back.
+    /// When to come back, and what is left.
     pub(super) fn take(
         &mut self,
         now: u64,
@@ -364,13 +454,13 @@ impl SharedBucket {
         cost: u32,
         taker: Taker,
         short: Shortfall,
-    ) -> Result<(), Duration> {
+    ) -> Result<(), TooFew> {
         self.asked = self.asked.max(now);
-        let claim = self.shares.claim(now, quota, cost, taker);
+        let claim = self.shares.claim(now, Common { bucket: self.bucket, quota, short }, cost, taker);
         let held = match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
             Ok(()) => cost,
             Err(_) if claim.passes(short) => self.bucket.hold_some(now, quota, cost, claim.leaves),
-            Err(wait) => return Err(claim.comes_back_in(wait)),
+            Err(wait) => return Err(claim.lacks(wait)),
         };
         self.bucket.settle(now, quota, held, held);
         self.shares.passed(claim, cost);
@@ -468,13 +558,64 @@ mod tests {
         for _ in 0..100 {
             bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse).unwrap();
         }
-        assert_eq!(bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse), Err(Duration::from_secs(1)));
+        assert_eq!(
+            bucket.take(SECOND, quota, 1, taker(1), Shortfall::Refuse),
+            Err(TooFew::from(Duration::from_secs(1))),
+            "nothing is kept"
+        );
         bucket.shares.note_refused(taker(1));
         bucket.shares.note_refused(taker(2));
         assert_eq!(
             bucket.shares.takings(),
             [Taking { caller: Some(CallerKey::Uid(1)), used: 100, refused: 1 }]
         );
+    }
+
+    /// One took so many, and another joins: each has of the rest what the other is not promised.
+    #[test]
+    fn who_joins_begins_with_what_there_is_for_it() {
+        let (quota, short) = (quota(1.0, 60), Shortfall::Refuse);
+        for (taken, joins, rest) in [(1, 29, 29), (30, 15, 15), (50, 5, 5), (59, 0, 0), (60, 0, 0)] {
+            let mut bucket = SharedBucket::default();
+            let had = |bucket: &mut SharedBucket, uid, most| {
+                (0..most).take_while(|_| bucket.take(SECOND, quota, 1, taker(uid), short).is_ok()).count()
+            };
+            assert_eq!(had(&mut bucket, 1, taken), taken);
+            assert_eq!(had(&mut bucket, 2, 60), joins, "{taken} taken: the other one");
+            assert_eq!(had(&mut bucket, 1, 60), rest, "{taken} taken: the first one");
+        }
+    }
+
+    /// One that keeps a bucket empty, or that has asked for nothing for long, has no more of it than others.
+    #[test]
+    fn who_joins_or_comes_back_to_an_empty_bucket_finds_a_token_when_it_is_told() {
+        let (quota, short) = (quota(1.0, 60), Shortfall::Refuse);
+        let mut bucket = SharedBucket::default();
+        bucket.take(SECOND, quota, 1, taker(2), short).unwrap();
+        let mut now = SECOND;
+        let mut drain = |bucket: &mut SharedBucket, until: u64| {
+            while now < until {
+                let passed = bucket.take(now, quota, 1, taker(1), short).is_ok();
+                now += if passed { 1 } else { 1_000_000 };
+            }
+        };
+        for (case, at) in [("comes back", 200 * SECOND + SECOND / 2), ("joins", 300 * SECOND + SECOND / 2)] {
+            drain(&mut bucket, at);
+            let uid = if case == "joins" { 3 } else { 2 };
+            let TooFew { wait, rest } = bucket.take(at, quota, 1, taker(uid), short).unwrap_err();
+            assert_eq!(rest, Rest::Nothing, "{case}");
+            assert!(wait <= Duration::from_secs(2), "{case}: its part's time: {wait:?}");
+            let then = at + u64::try_from(wait.as_nanos()).unwrap();
+            drain(&mut bucket, then);
+            bucket.take(then, quota, 1, taker(uid), short).unwrap();
+            let mut had = 0;
+            for ms in 0..20_000 {
+                let at = then + ms * 1_000_000;
+                had += u32::from(bucket.take(at, quota, 1, taker(uid), short).is_ok());
+                drain(&mut bucket, at);
+            }
+            assert!((9..=11).contains(&had), "{case}: half of 20: {had}");
+        }
     }
 
     #[test]
@@ -505,7 +646,8 @@ mod tests {
             let (mut now, mut open) = (SECOND, Vec::new());
             for (uid, later, ends) in calls {
                 now += later;
-                let claim = shares.claim(now, quota, 1, taker(uid));
+                let common = Common { bucket: Bucket::default(), quota, short: Shortfall::Refuse };
+                let claim = shares.claim(now, common, 1, taker(uid));
                 shares.passed(claim, 1);
                 open.push(claim.at);
                 for at in open.drain(..ends.min(open.len())) {
@@ -533,6 +675,27 @@ mod tests {
             prop_assert!(all <= 7 * burst && passed.iter().all(|passed| *passed <= 2 * burst), "{passed:?}");
         }
 
+        /// A share is a promise: all of them together are of what the bucket has, where who took more owes it to the others.
+        #[test]
+        fn shares_promise_no_more_than_there_is(
+            burst in 1..50_u32,
+            calls in prop::collection::vec((0..20_u32, 1..4_u32, 0..30_000_000_u64), 1..300),
+        ) {
+            let (quota, mut bucket, mut now) = (quota(10.0, burst), SharedBucket::default(), SECOND);
+            let refill = i128::from(quota.refill());
+            for (uid, cost, later) in calls {
+                now += later;
+                let _passed: bool = bucket.take(now, quota, cost, taker(uid), Shortfall::Refuse).is_ok();
+                let shares = &mut bucket.shares;
+                let takers = shares.active;
+                prop_assert_eq!(takers, shares.all.len(), "none of them has left");
+                let promised: i128 =
+                    shares.all.iter_mut().map(|share| refill - i128::from(share.used(now, quota, takers))).sum();
+                let there_is = i128::from(bucket.bucket.unspent(now, quota));
+                prop_assert!(promised <= there_is * i128::try_from(takers).unwrap(), "{promised} of {there_is}");
+            }
+        }
+
         /// Whoever asks, how, and however much it costs: no more passes than the bucket gives, and the wait is true.
         #[test]
         fn no_more_passes_than_one_bucket_gives(
@@ -547,7 +710,7 @@ mod tests {
                 now += later;
                 match bucket.take(now, quota, cost, taker(uid), Shortfall::Refuse) {
                     Ok(()) => given += u64::from(cost),
-                    Err(wait) if cost <= burst => {
+                    Err(TooFew { wait, .. }) if cost <= burst => {
                         let then = now + u64::try_from(wait.as_nanos()).unwrap();
                         // Nobody else comes: then it passes.
                         now = then;

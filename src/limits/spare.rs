@@ -66,7 +66,7 @@ impl SpareCalls {
         let mut guard = self.lock();
         let SpareBucket { quota, shared, lacked } = &mut *guard;
         let taken = match *quota {
-            Some(quota) => shared.take(now, quota, 1, taker, Shortfall::Refuse),
+            Some(quota) => shared.take(now, quota, 1, taker, Shortfall::Refuse).map_err(|lack| lack.wait),
             None => Err(Duration::MAX),
         };
         *lacked |= taken.is_err();

@@ -21,7 +21,7 @@ use super::{
     cells::{Cell, NOBODY, SEVERAL, Taken, cell, find, hash_at, seconds},
     parents::Parents,
     report::{BucketName, Heavy},
-    shares::{Alone, SharedBuckets, Shares, Taker, Taking},
+    shares::{Alone, Common, SharedBuckets, Shares, Taker, Taking, TooFew},
     table_size::TableSize,
 };
 
@@ -117,14 +117,17 @@ impl Table {
         ask: &Ask,
         who: impl FnOnce() -> Who,
     ) -> Result<ChargedTo, Duration> {
-        Ok(self.hold_by(now, ask, Shortfall::Refuse, nothing_to_spare, who)?.place)
+        match self.hold_by(now, ask, Shortfall::Refuse, nothing_to_spare, who) {
+            Ok(held) => Ok(held.place),
+            Err(TooFew { wait, .. }) => Err(wait),
+        }
     }
 
     /// [`Table::hold`] of a call that may be one that passes without tokens: as `short` says, or where a known key has too few
     /// and something is to `spare`, which else says when it will be.
     ///
     /// # Errors
-    /// As [`Table::hold`]; none with [`Shortfall::Pass`].
+    /// The wait, as [`Table::hold`], and what is left; none with [`Shortfall::Pass`].
     pub(super) fn hold_by(
         &mut self,
         now: u64,
@@ -132,7 +135,7 @@ impl Table {
         short: Shortfall,
         spare: impl FnOnce() -> Result<(), Duration>,
         who: impl FnOnce() -> Who,
-    ) -> Result<HeldTokens, Duration> {
+    ) -> Result<HeldTokens, TooFew> {
         let now = self.tick(now);
         let mut spared = false;
         let spare = || spare().inspect(|()| spared = true);
@@ -155,7 +158,7 @@ impl Table {
         ask: &Ask,
         short: Shortfall,
         spare: impl FnOnce() -> Result<(), Duration>,
-    ) -> Option<Result<HeldAt, Duration>> {
+    ) -> Option<Result<HeldAt, TooFew>> {
         let Ask { key, quota, cost, .. } = *ask;
         let room_for_regulars = self.regulars < self.capacity / REGULARS;
         let mark = ask.taker.map(|taker| (taker, self.mark(taker)));
@@ -187,7 +190,7 @@ impl Table {
                 }
                 Taken::Several => shared.of(key.hash),
             }?;
-            let claim = shares.claim(now, quota, cost, taker);
+            let claim = shares.claim(now, Common { bucket: cell.bucket, quota, short }, cost, taker);
             Some((shares, claim))
         });
         let leaves = shares.as_ref().map_or(0, |(_, claim)| claim.leaves);
@@ -197,7 +200,7 @@ impl Table {
             Err(_) if passes => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
             Err(wait) => match spare() {
                 Ok(()) => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
-                Err(sooner) => Err(wait.min(sooner)),
+                Err(sooner) => Err((wait, sooner)),
             },
         };
         cell.used = cell.used.saturating_add(u32::from(outcome.is_ok()));
@@ -207,8 +210,9 @@ impl Table {
                 shares.passed(claim, cost);
                 Ok((place, held, Some(claim.at)))
             }
-            (Some((_, claim)), Err(wait)) => Err(claim.comes_back_in(wait)),
-            (None, outcome) => outcome.map(|held| (place, held, None)),
+            (Some((_, claim)), Err((wait, sooner))) => Err(claim.lacks(wait).or_in(sooner)),
+            (None, Ok(held)) => Ok((place, held, None)),
+            (None, Err((wait, sooner))) => Err(TooFew::from(wait).or_in(sooner)),
         })
     }
 

@@ -24,7 +24,7 @@ use durward::{
         method::PerMethod,
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
-        refusal::{ChargedAs, Reason, Stage},
+        refusal::{ChargedAs, Reason, Rest, Stage},
         report::{BucketName, Event, Heavy, LISTED, QUIET, Standing, foremost},
         room::Short,
         rule::{Costs, Limit, Origin, Rule},
@@ -36,7 +36,7 @@ use durward::{
 use futures_util::FutureExt as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use proptest::prelude::*;
-use tokio::time::advance;
+use tokio::time::{Instant, advance};
 
 const JWT: Method = Method::FetchJwtSvid;
 
@@ -202,28 +202,16 @@ fn a_refusal_says_what_was_short_and_whose() {
         (S::Caller, K::Uid, R::Blocked, O::Set, "the caller is blocked"),
         (S::Caller, K::Uid, R::InFlight, O::ByDefault, "too many calls of the caller are being attested"),
         (S::Node, K::Node, R::InFlight, O::ByDefault, "too many callers are being attested"),
-        (
-            S::Identity,
-            K::SpiffeId,
-            R::Rate,
-            O::Set,
-            "spiffe://example.org/web has no tokens left, but those kept for callers that took less",
-        ),
+        (S::Identity, K::SpiffeId, R::Rate, O::Set, "spiffe://example.org/web has no tokens left"),
         (
             S::Identity,
             K::Shared,
             R::Rate,
             O::Set,
-            "the bucket that spiffe://example.org/web shares has no tokens left, but those kept for callers that took less",
+            "the bucket that spiffe://example.org/web shares has no tokens left",
         ),
         (S::Identity, K::SpiffeId, R::Blocked, O::Set, "spiffe://example.org/web is blocked"),
-        (
-            S::Node,
-            K::Node,
-            R::Rate,
-            O::Set,
-            "all callers of the node together have no tokens left, but those kept for callers that took less",
-        ),
+        (S::Node, K::Node, R::Rate, O::Set, "all callers of the node together have no tokens left"),
     ] {
         let (retry_after, status) = (Duration::ZERO, RejectionStatus::Unavailable);
         let refusal = Refusal {
@@ -236,10 +224,15 @@ fn a_refusal_says_what_was_short_and_whose() {
             shed: false,
             status,
             origin,
+            rest: Rest::Nothing,
             spiffe_id: (stage == S::Identity).then(|| SpiffeId::parse("spiffe://example.org/web").unwrap()),
         };
         let text = format!("rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID: {want}");
         assert_eq!(refusal.to_string(), text);
+        if charged_as == K::SpiffeId && reason == R::Rate {
+            let kept = Refusal { rest: Rest::KeptForOthers, ..refusal };
+            assert_eq!(kept.to_string(), format!("{text}, but those kept for callers that took less"));
+        }
     }
 }
 
@@ -548,7 +541,7 @@ async fn what_callers_share_is_shared_fairly() {
         assert_eq!(polite, 300, "{case}: whoever asks for less than its share is served");
         assert!(loud >= 100 + 40 * 30 - 300, "{case}: the others have what it leaves: {loud}");
         let refusal = call(&limits, 1, JWT, &web).unwrap_err();
-        assert_eq!(refusal.stage, stage, "{case}");
+        assert_eq!((refusal.stage, refusal.rest), (stage, Rest::KeptForOthers), "{case}");
 
         // Who takes, and who goes without: in the log, and for who asks.
         let told = limits.events().into_iter().find_map(|event| match event {
@@ -578,6 +571,50 @@ async fn what_callers_share_is_shared_fairly() {
             own.map_or(0, |(_, heavy)| heavy.refused)
         };
         assert!(refused(1) > 1000 && refused(5) == 0, "{case}: a refusal counts for its caller");
+    }
+}
+
+/// One drains an identity's bucket, a mask's, callers', the node's. Then two come, with two calls each at any time that are tried again
+/// exactly when they are told; and one that asks for nine tenths of its part.
+#[tokio::test(start_paused = true)]
+async fn whoever_takes_less_than_its_part_of_a_bucket_that_is_drained_is_served() {
+    let of_all = Quota::new(1.0, Per::Second, 60).unwrap();
+    let limit = Limit::Quota(of_all);
+    let mask = (IdPattern::parse("spiffe://td/{any}").unwrap(), Share::Together(None));
+    let callers = (CallerPattern::Uids(1..=4), Share::Together(None));
+    for (case, settings) in [
+        ("identity", LimitSettings { identity: layers(limit), ..open() }),
+        ("mask", LimitSettings { identity: over(limit, vec![mask]), ..open() }),
+        ("callers", LimitSettings { caller: over(limit, vec![callers]), ..open() }),
+        ("node", LimitSettings { node: node(Some(of_all)), ..open() }),
+    ] {
+        let (limits, web) = (limits(&settings), entries(&["web"]));
+        assert_eq!(passes(&limits, 1, JWT, &web), 60, "{case}");
+        let refusal = call(&limits, 1, JWT, &web).unwrap_err();
+        assert_eq!(refusal.rest, Rest::Nothing, "{case}: {refusal}");
+        let began = Instant::now();
+        let part = Duration::from_secs(4).mul_f64(1.0 / 0.9);
+        let mut due = vec![(2, began), (2, began), (3, began), (3, began), (4, began + part)];
+        let (mut polite, mut others) = (Vec::new(), 0);
+        while let Some((uid, at)) = due.iter_mut().min_by_key(|(_, at)| *at)
+            && at.duration_since(began) < Duration::from_secs(120)
+        {
+            advance(at.saturating_duration_since(Instant::now())).await;
+            let asked = call(&limits, *uid, JWT, &web);
+            if *uid == 4 {
+                polite.push(asked.is_ok());
+                *at += part;
+            } else {
+                others += u32::from(asked.is_ok());
+                *at += asked.err().map_or(Duration::ZERO, |refusal| refusal.retry_after);
+            }
+        }
+        assert!(
+            polite.len() >= 26 && polite.iter().skip(1).all(|is_served| *is_served),
+            "{case}: {polite:?}"
+        );
+        // The part of the first one is for all again when it has not asked for long, and above half.
+        assert!((50..=120 - 26).contains(&others), "{case}: {others}");
     }
 }
 
