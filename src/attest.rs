@@ -9,7 +9,9 @@
 //! executes, executes the same file (asked anew for every call). What could change unseen within that second is the list
 //! of supplementary groups, for which a process needs `CAP_SETGID`.
 //!
-//! The groups of a process are the one thing that the kernel may take long to tell: see [`long_reads`].
+//! These groups are the one thing that the kernel may take long to tell: see [`long_reads`]. So they are read only where an entry
+//! asks for one, and the call of a process that connected less than that second ago in a few is answered for those, which the
+//! socket tells in a microsecond.
 //!
 //! The process of an open stream is attested again before it is sent anything more ([`Attestor::attest_again`]): a
 //! program that is executed, and groups that are changed, are other selectors of the same process. It is paid for by
@@ -59,7 +61,7 @@ use self::{
     doubt::{Doubts, SelectorKind},
     k8s::{K8sAttestor, K8sError, K8sSettings},
     long_reads::LongReads,
-    process::{Attestable, PlacedPeer, ProcDir, Seen, read_process},
+    process::{Attestable, Extent, PlacedPeer, ProcDir, Seen},
     unix::{Account, UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
@@ -71,9 +73,10 @@ use crate::{
     limits::{Admitted, Families, Limits, processor::ProcessorShare},
     os::{
         namespace::{ProcFault, proc_is_ours, unmapped},
+        peer_groups::ConnectedGroups,
         pidfd::Owner,
     },
-    peer::Peer,
+    peer::{Peer, slot::PeerSlot},
     telemetry::registry::{By, Label as _, Registry},
 };
 
@@ -326,7 +329,8 @@ impl Attestor {
         questions: &Questions,
     ) -> Result<Attested, AttestError> {
         let (held, patience) = (Mutex::new(admitted.take_place()), admitted.patience_left());
-        let placed = PlacedPeer { peer: admitted.peer(), held, patience };
+        let placed =
+            PlacedPeer { peer: admitted.peer(), held, patience, new_since: Some(admitted.peer().since()) };
         let subject = self.subject(&placed, questions).await;
         drop(placed);
         match subject {
@@ -358,7 +362,7 @@ impl Attestor {
             return Err(AttestError::Crowded);
         };
         let held = Mutex::new(Some(place.into_slot()));
-        self.subject(&PlacedPeer { peer, held, patience: Duration::MAX }, questions).await
+        self.subject(&PlacedPeer { peer, held, patience: Duration::MAX, new_since: None }, questions).await
     }
 
     async fn subject(&self, process: &dyn Attestable, questions: &Questions) -> Result<Subject, AttestError> {
@@ -379,11 +383,10 @@ impl Attestor {
         if let Some(slot) = process.slot() {
             // What could not be told may be told by the next call.
             if subject.len() <= KEPT_SELECTORS && untold.is_empty() {
+                // Groups that are believed to be those of the beginning are believed no longer.
+                let until = groups_at_first(process, at).map_or(at + REUSE, |(_, until)| until);
                 let (settings, questions) = (Arc::clone(&questions.settings), questions.number);
-                slot.store(
-                    at + REUSE,
-                    LastResult { questions, settings, evidence, subject: subject.clone() },
-                );
+                slot.store(until, LastResult { questions, settings, evidence, subject: subject.clone() });
             } else {
                 slot.clear();
             }
@@ -398,7 +401,7 @@ impl Attestor {
         at: Instant,
     ) -> Result<Attestation, AttestError> {
         let seen = match self.proc_is_ours.load(Ordering::Relaxed) {
-            true => self.see(process).await,
+            true => self.see(process, questions, at).await,
             false => Err(AttestError::ProcOfOthers),
         };
         if matches!(seen, Err(AttestError::OtherPidNamespace)) {
@@ -419,19 +422,35 @@ impl Attestor {
         found
     }
 
-    /// Reads who a process is.
-    async fn see<'a>(&self, process: &'a dyn Attestable) -> Result<Seen<'a>, AttestError> {
+    /// Finds out who a process is. Its user and its group are those that connected, which is asked last of all; its
+    /// supplementary groups are read where an entry asks for some, and of few it is believed for a moment that they are those
+    /// that it connected with.
+    async fn see<'a>(
+        &self,
+        process: &'a dyn Attestable,
+        questions: &Questions,
+        now: Instant,
+    ) -> Result<Seen<'a>, AttestError> {
         let pid = process.pid();
         if pid.as_raw() == 0 {
             return Err(AttestError::OtherPidNamespace);
         }
+        let family = self.families.load().group(process.caller());
+        let dir = ProcDir::open(&self.proc_root, pid)?;
+        let groups = match process.extent() {
+            Extent::Asked if !questions.unix.ask_for_groups() => Some(Vec::new()),
+            Extent::Asked => groups_at_first(process, now).map(|(groups, _)| groups.to_vec()),
+            Extent::All => None,
+        };
+        if let Some(groups) = groups {
+            return Ok(Seen::as_connected(process, family, dir, groups));
+        }
         // To read it costs as much as thousands of calls.
-        if process.connected_with_groups().is_some_and(|groups| groups > status::MAX_GROUPS) {
+        let connected = process.connected_with_groups();
+        if connected.is_some_and(|groups| groups.number() > status::MAX_GROUPS) {
             return Err(ProcReadError::TooManyGroups.into());
         }
-        let family = self.families.load().group(process.caller());
-        let root = self.proc_root.clone();
-        let read = move || read_process(&root, pid);
+        let read = move || dir.status().map(|status| (dir, status));
         let (dir, status) =
             self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await?;
         Seen::of(process, family, dir, status)
@@ -447,7 +466,8 @@ impl Attestor {
             return Ok(None);
         }
         let now = Instant::now();
-        if process.slot().is_some_and(|slot| slot.load::<TooManyGroups>(now).is_some()) {
+        let had_too_many = |slot: &PeerSlot| slot.load::<TooManyGroups>(now).is_some();
+        if questions.unix.ask_for_groups() && process.slot().is_some_and(had_too_many) {
             process.is_alive()?;
             let error = ProcReadError::TooManyGroups.into();
             self.metrics.failed(&error);
@@ -489,6 +509,16 @@ impl Questions {
     fn may_ask(&self, attestor: &'static str, found: &Selectors, words: &[&'static str]) -> bool {
         let kinds: Vec<SelectorKind> = words.iter().map(|word| SelectorKind { attestor, word }).collect();
         self.doubts.asks_of(found, &kinds, |selector| self.untellable(selector))
+    }
+}
+
+/// The supplementary groups that a process connected with, where these are few and that is no longer ago than a result may be
+/// used, and until when it is not.
+fn groups_at_first(process: &dyn Attestable, now: Instant) -> Option<(&[u32], Instant)> {
+    let until = process.new_since().map(|since| since + REUSE).filter(|until| now < *until)?;
+    match process.connected_with_groups()? {
+        ConnectedGroups::Few(groups) => Some((groups, until)),
+        ConnectedGroups::Many(_) => None,
     }
 }
 
@@ -591,7 +621,8 @@ mod tests {
         fates: Mutex<Vec<AttestError>>,
         slot: PeerSlot,
         place: Option<PodPlace>,
-        connected_with: usize,
+        connected_with: ConnectedGroups,
+        new_since: Option<Instant>,
     }
 
     impl Attestable for Fixture {
@@ -619,14 +650,19 @@ mod tests {
             self.place
         }
 
-        fn connected_with_groups(&self) -> Option<usize> {
-            Some(self.connected_with)
+        fn connected_with_groups(&self) -> Option<&ConnectedGroups> {
+            Some(&self.connected_with)
+        }
+
+        fn new_since(&self) -> Option<Instant> {
+            self.new_since
         }
     }
 
     fn fixture(pid: i32, owner: (u32, u32)) -> Fixture {
         let slot = PeerSlot::default();
-        Fixture { pid, owner, fates: Mutex::default(), slot, place: None, connected_with: 0 }
+        let connected_with = ConnectedGroups::Few(Box::default());
+        Fixture { pid, owner, fates: Mutex::default(), slot, place: None, connected_with, new_since: None }
     }
 
     fn attestor(case: &str) -> Attestor {
@@ -637,6 +673,11 @@ mod tests {
     /// What no entries ask for.
     fn nothing() -> Questions {
         Questions::default()
+    }
+
+    /// What entries ask for that ask for a group which nobody is in.
+    fn a_group(attestor: &Attestor) -> Arc<Questions> {
+        attestor.prepare_for(&Arc::new(EntryIndex::new([Entry::asking("unix:supplementary_gid:9")])))
     }
 
     /// Whether the second is the first once more.
@@ -785,7 +826,9 @@ mod tests {
                 Blame::Fault,
             ),
         ] {
-            let err = attestor(case).subject(&fixture(pid, owner), &nothing()).await.unwrap_err();
+            let attestor = attestor(case);
+            let questions = a_group(&attestor);
+            let err = attestor.subject(&fixture(pid, owner), &questions).await.unwrap_err();
             let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/proc");
             assert_eq!(err.to_string(), want.replace("{root}", root), "{case}");
             assert_eq!(err.blame(), blame, "{case}");
@@ -803,7 +846,7 @@ mod tests {
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
         replaced.fates.lock().unwrap().push(AttestError::Gone);
-        assert!(matches!(attestor.subject(&replaced, &nothing()).await, Err(AttestError::Gone)));
+        assert!(matches!(attestor.subject(&replaced, &a_group(&attestor)).await, Err(AttestError::Gone)));
     }
 
     #[tokio::test(start_paused = true)]
@@ -837,29 +880,67 @@ mod tests {
             std::fs::write(process.join("status"), text).unwrap();
         };
         let attestor = Attestor { proc_root: dir.path().into(), ..attestor("many-groups") };
-        let nothing = nothing();
+        let asked = a_group(&attestor);
         let too_many = |error: Result<Subject, AttestError>| {
             matches!(error.unwrap_err(), AttestError::Status(ProcReadError::TooManyGroups))
         };
 
         let process = fixture(4104, (1000, 1000));
         becomes(&of_many, "many-groups/4104");
-        assert!(too_many(attestor.subject(&process, &nothing).await), "read");
+        assert!(too_many(attestor.subject(&process, &asked).await), "read");
         becomes(&of_many, "hostile-name/4102");
-        assert!(too_many(attestor.subject(&process, &nothing).await), "remembered");
+        assert!(too_many(attestor.subject(&process, &asked).await), "remembered");
         process.fates.lock().unwrap().push(AttestError::Gone);
         assert!(
-            matches!(attestor.subject(&process, &nothing).await, Err(AttestError::Gone)),
+            matches!(attestor.subject(&process, &asked).await, Err(AttestError::Gone)),
             "alive each time"
         );
         tokio::time::advance(REUSE).await;
-        attestor.subject(&process, &nothing).await.unwrap();
+        attestor.subject(&process, &asked).await.unwrap();
 
         becomes(&of_one, "hostile-name/4102");
-        let connected_with = |connected_with| Fixture { connected_with, ..fixture(4105, (1000, 1000)) };
-        let refused = attestor.subject(&connected_with(status::MAX_GROUPS + 1), &nothing).await;
+        let connected_with = |number| Fixture {
+            connected_with: ConnectedGroups::Many(number),
+            new_since: Some(Instant::now()),
+            ..fixture(4105, (1000, 1000))
+        };
+        let refused = attestor.subject(&connected_with(status::MAX_GROUPS + 1), &asked).await;
         assert!(too_many(refused), "known by its socket, and not read");
-        attestor.subject(&connected_with(status::MAX_GROUPS), &nothing).await.unwrap();
+        attestor.subject(&connected_with(status::MAX_GROUPS), &asked).await.unwrap();
+
+        // Whom no entry asks for its groups is not read, whatever they are.
+        std::fs::remove_file(of_one.join("status")).unwrap();
+        attestor.subject(&connected_with(status::MAX_GROUPS + 1), &nothing()).await.unwrap();
+    }
+
+    /// Who connected a moment ago in few groups is not read: it is in those.
+    #[tokio::test(start_paused = true)]
+    async fn for_a_second_a_process_is_in_the_groups_that_it_connected_with() {
+        let attestor = attestor("user-with-groups");
+        let index =
+            EntryIndex::new(["unix:supplementary_gid:24 unix:supplementary_gid:7"].map(Entry::asking));
+        let questions = attestor.prepare_for(&Arc::new(index));
+        let group = |subject: Subject| {
+            let mut of = subject.iter().filter_map(|it| it.value().strip_prefix("supplementary_gid:"));
+            of.next().map(|gid| gid.parse::<u32>().unwrap())
+        };
+        let connected_with = ConnectedGroups::Few([7].into());
+        let process =
+            Fixture { connected_with, new_since: Some(Instant::now()), ..fixture(4100, (1000, 1001)) };
+        for (case, millis, want) in
+            [("at first", 0, 7), ("still", 990, 7), ("by now it is in another", 20, 24), ("still", 500, 24)]
+        {
+            tokio::time::advance(Duration::from_millis(millis)).await;
+            let found = attestor.subject(&process, &questions).await.unwrap();
+            assert_eq!(group(found), Some(want), "{case}");
+        }
+        let updated = Fixture { new_since: None, ..process };
+        updated.slot.clear();
+        assert_eq!(
+            group(attestor.subject(&updated, &questions).await.unwrap()),
+            Some(24),
+            "what a stream is sent"
+        );
     }
 
     #[tokio::test]

@@ -45,8 +45,8 @@ pub enum AttestError {
          outside of it, or map them (in a rootless container: on the host)"
     )]
     Unmapped,
-    /// As many streams are having their processes attested as may at once, of this caller or of all.
-    #[error("too many open streams wait for their processes to be attested")]
+    /// As many processes are being attested as may at once, of this caller or of all.
+    #[error("too many processes wait to be attested")]
     Crowded,
     /// A process of the caller's has more groups than are attested, which makes its processes slow to read.
     #[error(

@@ -1,11 +1,12 @@
 //! Whose processes are slow to read, and how much of the processor that may take.
 //!
-//! The kernel writes all supplementary groups of a process, up to 65,536, each time its `status` is read: 16 ms, and there
-//! is no asking how many there are. One that connected with more than are attested is known by its socket. One that has
-//! more by now, or whose first thread has, is found out by reading it: then the processes of its family are read beside the
-//! threads that serve for a while ([`OF_LATE`]), one process at a time, and after one that was slow there is a rest. So a
-//! read in vain stops a thread that serves once in that while for each family, and all others together take about a hundredth of
-//! a core.
+//! The kernel writes all supplementary groups of a process, up to 65,536, each time its `status` is read: 5 to 16 ms, all of it
+//! its own, and there is no asking how many there are. One that connected with more than are attested is known by its socket. One
+//! that has more by now, or whose first thread has, is found out by reading it: then the processes of its family are read beside
+//! the threads that serve for a while ([`OF_LATE`]), one process at a time, and after one that was slow there is a rest. So all
+//! reads in vain of known families together take about a hundredth of a core. Until that rest is over others are read beside
+//! those threads too, though none waits for it: there may be many such families, and whose the next is nobody knows. So a thread
+//! that serves is stopped once in a rest, by whomever.
 //!
 //! A thread of the lowest priority would be no better: a kernel that is not preempted in its own code (PREEMPT_NONE, as servers
 //! have it) lets nobody else run on that processor until the file is written, whoever reads.
@@ -20,7 +21,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Semaphore, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     task::spawn_blocking,
     time::{Instant, sleep, timeout},
 };
@@ -39,6 +40,8 @@ const PATIENCE: Duration = FOR_ATTESTATION;
 /// The rest after a slow read is so many times as long, and so long at most: who waits for the next is to have it.
 const REST: u32 = 99;
 const LONGEST_REST: Duration = Duration::from_millis(1_800);
+/// So many processes of families that are not known are read at a time beside the threads that serve.
+const BESIDE: usize = 2;
 
 #[derive(Debug)]
 struct SlowFamily {
@@ -46,19 +49,43 @@ struct SlowFamily {
     places: u8,
 }
 
+#[derive(Debug, Default)]
+struct SlowFamilies {
+    known: HashMap<u64, SlowFamily>,
+    /// Until when there is a rest.
+    rest_until: Option<Instant>,
+}
+
 /// Reads what may be slow to read.
 #[derive(Debug)]
 pub(super) struct LongReads {
-    families: Mutex<HashMap<u64, SlowFamily>>,
+    families: Mutex<SlowFamilies>,
     /// There are some.
     any: AtomicBool,
     turn: Arc<Semaphore>,
+    beside: Arc<Semaphore>,
 }
 
 impl Default for LongReads {
     fn default() -> Self {
-        Self { families: Mutex::default(), any: AtomicBool::new(false), turn: Arc::new(Semaphore::new(1)) }
+        let places = |number| Arc::new(Semaphore::new(number));
+        Self {
+            families: Mutex::default(),
+            any: AtomicBool::new(false),
+            turn: places(1),
+            beside: places(BESIDE),
+        }
     }
+}
+
+/// How a process is read.
+enum ReadWay {
+    /// On this thread.
+    Here,
+    /// Beside those that serve.
+    Beside,
+    /// The same, in its turn.
+    InTurn(ReadPlace),
 }
 
 /// A place of a family, until it is dropped.
@@ -69,18 +96,19 @@ struct ReadPlace {
 
 impl Drop for ReadPlace {
     fn drop(&mut self) {
-        if let Some(known) = self.reads.families().get_mut(&self.family) {
+        if let Some(known) = self.reads.families().known.get_mut(&self.family) {
             known.places = known.places.saturating_sub(1);
         }
     }
 }
 
 impl LongReads {
-    /// Has `read` read a process of `family`: at once, on this thread, or in its turn where it may be slow. It is told to
-    /// `stand_aside` before it waits for that.
+    /// Has `read` read a process of `family`: at once, on this thread, or beside it where it may be slow, in its turn if that
+    /// is known of its family. It is told to `stand_aside` before it waits for that.
     ///
     /// # Errors
-    /// What `read` says; [`AttestError::ManyGroups`] where its turn does not come soon enough.
+    /// What `read` says; [`AttestError::ManyGroups`] where its turn does not come soon enough, [`AttestError::Crowded`] where so many
+    /// others are read that it has no place beside them.
     pub(super) async fn read<T: Send + 'static>(
         self: &Arc<Self>,
         family: u64,
@@ -88,28 +116,35 @@ impl LongReads {
         stand_aside: impl FnOnce(),
         read: impl FnOnce() -> Result<T, ProcReadError> + Send + 'static,
     ) -> Result<T, AttestError> {
-        let Some(place) = self.place(family) else {
+        let reads = Arc::clone(self);
+        let read = move || {
+            let began = std::time::Instant::now();
             let outcome = read();
-            self.learn(family, &outcome);
-            return Ok(outcome?);
+            let rest = reads.learn(family, &outcome, began.elapsed());
+            (outcome, rest)
         };
-        let place = place?;
+        let mut way = self.way(family)?;
+        if let ReadWay::Beside = way {
+            let beside = place_in(&self.beside, patience).await.ok_or(AttestError::Crowded)?;
+            // Meanwhile another of its family may have been read.
+            way = self.way(family)?;
+            if !matches!(way, ReadWay::InTurn(_)) {
+                // Its place lasts as long as the read, whether anybody still waits or not.
+                let read = move || (read(), beside).0.0;
+                return Ok(spawn_blocking(read).await.map_err(|_ended| AttestError::Crowded)??);
+            }
+        }
+        let ReadWay::InTurn(place) = way else { return Ok(read().0?) };
         stand_aside();
-        let turn = timeout(patience.min(PATIENCE), Arc::clone(&self.turn).acquire_owned()).await;
-        let Ok(Ok(turn)) = turn else { return Err(AttestError::ManyGroups) };
+        let turn = place_in(&self.turn, patience).await.ok_or(AttestError::ManyGroups)?;
         let (tell, told) = oneshot::channel();
         // A task of its own: its turn lasts as long as the read and the rest do, whether anybody still waits or not.
         drop(tokio::spawn(async move {
-            let timed = move || {
-                let began = std::time::Instant::now();
-                (read(), began.elapsed())
-            };
-            if let Ok((outcome, took)) = spawn_blocking(timed).await {
-                let slow = place.reads.learn(family, &outcome);
+            if let Ok((outcome, rest)) = spawn_blocking(read).await {
                 drop(place);
                 let _nobody_waits = tell.send(outcome);
-                if slow {
-                    sleep(took.saturating_mul(REST).min(LONGEST_REST)).await;
+                if !rest.is_zero() {
+                    sleep(rest).await;
                 }
             }
             drop(turn);
@@ -117,48 +152,62 @@ impl LongReads {
         Ok(told.await.map_err(|_ended| AttestError::ManyGroups)??)
     }
 
-    /// A place for a process of `family`, if that is known; and there may be none.
-    fn place(self: &Arc<Self>, family: u64) -> Option<Result<ReadPlace, AttestError>> {
+    /// How a process of `family` is read.
+    ///
+    /// # Errors
+    /// [`AttestError::ManyGroups`]: it is to be read in its turn, and there are others enough who wait for that.
+    fn way(self: &Arc<Self>, family: u64) -> Result<ReadWay, AttestError> {
         if !self.any.load(Relaxed) {
-            return None;
+            return Ok(ReadWay::Here);
         }
-        let mut families = self.families();
-        let known = families.get_mut(&family).filter(|known| Instant::now() < known.until)?;
-        if known.places >= PLACES {
-            return Some(Err(AttestError::ManyGroups));
-        }
-        known.places += 1;
-        Some(Ok(ReadPlace { reads: Arc::clone(self), family }))
-    }
-
-    /// Whether the process had too many groups. Its family is known for it then.
-    fn learn<T>(&self, family: u64, outcome: &Result<T, ProcReadError>) -> bool {
-        if !matches!(outcome, Err(ProcReadError::TooManyGroups)) {
-            return false;
-        }
-        let now = Instant::now();
-        let mut families = self.families();
-        if families.len() >= MOST && !families.contains_key(&family) {
-            families.retain(|_, known| known.places > 0 || now < known.until);
-            if families.len() >= MOST
-                && let Some(first) = families.iter().min_by_key(|(_, known)| known.until).map(|(of, _)| *of)
-            {
-                families.remove(&first);
+        let (mut families, now) = (self.families(), Instant::now());
+        let rests = families.rest_until.is_some_and(|until| now < until);
+        match families.known.get_mut(&family).filter(|known| now < known.until) {
+            None if rests => Ok(ReadWay::Beside),
+            None => Ok(ReadWay::Here),
+            Some(known) if known.places >= PLACES => Err(AttestError::ManyGroups),
+            Some(known) => {
+                known.places += 1;
+                Ok(ReadWay::InTurn(ReadPlace { reads: Arc::clone(self), family }))
             }
         }
-        families.entry(family).or_insert(SlowFamily { until: now, places: 0 }).until = now + OF_LATE;
-        self.any.store(true, Relaxed);
-        true
     }
 
-    fn families(&self) -> MutexGuard<'_, HashMap<u64, SlowFamily>> {
+    /// The rest after a read that `took` so long: none unless the process had too many groups. Its family is known for it then.
+    fn learn<T>(&self, family: u64, outcome: &Result<T, ProcReadError>, took: Duration) -> Duration {
+        if !matches!(outcome, Err(ProcReadError::TooManyGroups)) {
+            return Duration::ZERO;
+        }
+        let (now, rest) = (Instant::now(), took.saturating_mul(REST).min(LONGEST_REST));
+        let mut families = self.families();
+        families.rest_until = families.rest_until.max(Some(now + rest));
+        let known = &mut families.known;
+        if known.len() >= MOST && !known.contains_key(&family) {
+            known.retain(|_, known| known.places > 0 || now < known.until);
+            if known.len() >= MOST
+                && let Some(first) = known.iter().min_by_key(|(_, known)| known.until).map(|(of, _)| *of)
+            {
+                known.remove(&first);
+            }
+        }
+        known.entry(family).or_insert(SlowFamily { until: now, places: 0 }).until = now + OF_LATE;
+        self.any.store(true, Relaxed);
+        rest
+    }
+
+    fn families(&self) -> MutexGuard<'_, SlowFamilies> {
         self.families.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// One of these places, where there is one soon enough.
+async fn place_in(places: &Arc<Semaphore>, patience: Duration) -> Option<OwnedSemaphorePermit> {
+    timeout(patience.min(PATIENCE), Arc::clone(places).acquire_owned()).await.ok()?.ok()
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::sync::{atomic::AtomicUsize, mpsc};
 
     use super::*;
 
@@ -203,15 +252,18 @@ mod tests {
         assert!(aside.load(Relaxed), "who waits leaves its place to others");
         let crowded = reads.read(1, SOON, stays, || Ok(())).await.unwrap_err();
         assert!(matches!(crowded, AttestError::ManyGroups), "no place: {crowded}");
-        assert_eq!(reads.read(2, SOON, stays, || Ok("at once")).await.unwrap(), "at once", "another family");
+        let here = std::thread::current().id();
+        let read = move || Ok(std::thread::current().id() == here);
+        assert!(
+            !reads.read(2, SOON, stays, read).await.unwrap(),
+            "another family waits for no turn, and stops nobody"
+        );
 
         go_on.send(()).unwrap();
         for served in waiting.drain(..) {
             assert_eq!(served.await.unwrap().unwrap(), "served", "who waits, and has few groups");
         }
         tokio::time::advance(OF_LATE).await;
-        let here = std::thread::current().id();
-        let read = move || Ok(std::thread::current().id() == here);
         assert!(reads.read(1, SOON, stays, read).await.unwrap(), "it is known for it no longer");
     }
 
@@ -235,12 +287,51 @@ mod tests {
         assert!((10..=70).contains(&read), "of 3 ms each, in 20 s: {read}");
     }
 
+    /// Many families, each slow for the first time: one of them stops a thread that serves, the others are read beside it, few at
+    /// a time; and what one of a family turned out to be holds for those of it who wait.
+    #[tokio::test(start_paused = true)]
+    async fn families_that_come_after_a_slow_one_are_read_beside() {
+        let reads = Arc::new(LongReads::default());
+        let here = std::thread::current().id();
+        let (at_once, most, stopped) =
+            (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
+        let read = |family| {
+            let (reads, at_once, most, stopped) =
+                (Arc::clone(&reads), Arc::clone(&at_once), Arc::clone(&most), Arc::clone(&stopped));
+            tokio::spawn(async move {
+                let slow = move || {
+                    most.fetch_max(at_once.fetch_add(1, Relaxed) + 1, Relaxed);
+                    stopped.fetch_add(usize::from(std::thread::current().id() == here), Relaxed);
+                    let _in_the_kernel = nix::poll::poll(&mut [], 3u16);
+                    at_once.fetch_sub(1, Relaxed);
+                    too_many()
+                };
+                reads.read(family, PATIENCE, || (), slow).await.unwrap_err()
+            })
+        };
+        let too_many_of = |error: &AttestError| matches!(error, AttestError::Status(_));
+        let crowd: Vec<_> = (0..40).map(read).collect();
+        for one in crowd {
+            assert!(too_many_of(&one.await.unwrap()));
+        }
+        assert_eq!((stopped.load(Relaxed), most.load(Relaxed)), (1, BESIDE));
+
+        // Twenty of one family: the first are read beside, and the others then wait for their turns, as many as may.
+        let family: Vec<_> = (0..20).map(|_| read(77)).collect();
+        let mut refused = 0;
+        for one in family {
+            refused += usize::from(!too_many_of(&one.await.unwrap()));
+        }
+        assert!(refused >= 20 - BESIDE - usize::from(PLACES), "{refused} found no place");
+        assert_eq!(stopped.load(Relaxed), 1, "within the rest nobody is stopped");
+    }
+
     #[tokio::test]
     async fn no_more_families_are_known_than_may_be() {
         let reads = Arc::new(LongReads::default());
         for family in 0..u64::try_from(MOST).unwrap() + 10 {
             reads.read(family, SOON, || (), too_many).await.unwrap_err();
         }
-        assert_eq!(reads.families().len(), MOST);
+        assert_eq!(reads.families().known.len(), MOST);
     }
 }

@@ -18,6 +18,7 @@ use nix::{
     sys::stat::Mode,
     unistd::{Gid, Pid, Uid, read},
 };
+use tokio::time::Instant;
 
 use super::{
     error::{AttestError, ProcReadError},
@@ -25,7 +26,7 @@ use super::{
 };
 use crate::{
     limits::{AttestationSlot, CallerKey},
-    os::pidfd::Owner,
+    os::{peer_groups::ConnectedGroups, pidfd::Owner},
     peer::{Peer, PeerGone, pod::PodPlace, slot::PeerSlot},
 };
 
@@ -53,8 +54,12 @@ pub(super) trait Attestable: Sync {
     }
     /// It waits for something that costs nothing, and needs no place among the attestations any more.
     fn stand_aside(&self) {}
-    /// How many supplementary groups it had when it connected, if the kernel says.
-    fn connected_with_groups(&self) -> Option<usize> {
+    /// The supplementary groups that it had when it connected, if the kernel says.
+    fn connected_with_groups(&self) -> Option<&ConnectedGroups> {
+        None
+    }
+    /// When it was let in, where it may be believed for a moment that it is as it was then.
+    fn new_since(&self) -> Option<Instant> {
         None
     }
     /// How much is to be found out of it.
@@ -104,7 +109,7 @@ impl Attestable for Peer {
         self.place()
     }
 
-    fn connected_with_groups(&self) -> Option<usize> {
+    fn connected_with_groups(&self) -> Option<&ConnectedGroups> {
         self.connected_with_groups()
     }
 }
@@ -114,6 +119,8 @@ pub(super) struct PlacedPeer<'a> {
     pub(super) peer: &'a Peer,
     pub(super) held: Mutex<Option<AttestationSlot>>,
     pub(super) patience: Duration,
+    /// See [`Attestable::new_since`]. What is sent on an open stream is for what the process is by then.
+    pub(super) new_since: Option<Instant>,
 }
 
 impl Attestable for PlacedPeer<'_> {
@@ -141,8 +148,12 @@ impl Attestable for PlacedPeer<'_> {
         self.peer.place()
     }
 
-    fn connected_with_groups(&self) -> Option<usize> {
+    fn connected_with_groups(&self) -> Option<&ConnectedGroups> {
         self.peer.connected_with_groups()
+    }
+
+    fn new_since(&self) -> Option<Instant> {
+        self.new_since
     }
 
     fn patience(&self) -> Duration {
@@ -170,7 +181,7 @@ impl<'a> Seen<'a> {
         self.process.extent()
     }
 
-    /// `process`, of which this was [read](read_process).
+    /// `process`, of which this was read.
     ///
     /// # Errors
     /// [`AttestError::IdentityChanged`]: it is another's by now.
@@ -189,6 +200,18 @@ impl<'a> Seen<'a> {
         Ok(Self { process, family, dir, status })
     }
 
+    /// `process`, which is as it connected, with these supplementary groups.
+    pub(super) fn as_connected(
+        process: &'a dyn Attestable,
+        family: u64,
+        dir: ProcDir,
+        groups: Vec<u32>,
+    ) -> Self {
+        let Owner { uid, gid } = process.owner();
+        let status = ProcStatus { uid: uid.as_raw(), gid: gid.as_raw(), groups };
+        Self { process, family, dir, status }
+    }
+
     /// The same, told apart from those who have no number in the agent's user namespace.
     ///
     /// # Errors
@@ -201,16 +224,6 @@ impl<'a> Seen<'a> {
         self.status.groups.retain(|group| *group != gid.as_raw());
         Ok(self)
     }
-}
-
-/// Opens the directory of a process and reads who it is.
-///
-/// # Errors
-/// [`ProcReadError`].
-pub(super) fn read_process(root: &Path, pid: Pid) -> Result<(ProcDir, ProcStatus), ProcReadError> {
-    let dir = ProcDir::open(root, pid)?;
-    let status = dir.status()?;
-    Ok((dir, status))
 }
 
 /// An open `/proc/PID`. It stays the directory of the process that had the PID when it was opened.

@@ -34,6 +34,7 @@ use nix::{
     unistd::{Gid, Pid, Uid},
 };
 use procfs::{ProcError, process::Process as ProcProcess};
+use tokio::time::Instant;
 
 use crate::{
     limits::{
@@ -41,7 +42,7 @@ use crate::{
         holding::Holding,
     },
     os::{
-        peer_groups::peer_group_count,
+        peer_groups::{ConnectedGroups, connected_groups},
         pidfd::{Owner, Pidfd},
     },
     peer::{given::GivenLately, pod::PodPlace, slot::PeerSlot},
@@ -74,8 +75,9 @@ pub struct Peer {
     holding: OnceLock<Arc<Holding>>,
     slot: PeerSlot,
     given: GivenLately,
-    /// How many supplementary groups it connected with.
-    groups: Option<usize>,
+    /// The supplementary groups that it connected with.
+    groups: Option<ConnectedGroups>,
+    since: Instant,
     /// A call of it was answered with what it is to blame for.
     in_vain: AtomicBool,
 }
@@ -280,7 +282,7 @@ impl Arrival {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
-        Ok(Peer { place, groups: peer_group_count(stream), ..Peer::new(credentials, caller, process) })
+        Ok(Peer { place, groups: connected_groups(stream), ..Peer::new(credentials, caller, process) })
     }
 
     /// The same, and where there is nothing to hold on to, without: for a gate that [goes by the
@@ -289,7 +291,7 @@ impl Arrival {
         let Self { credentials, caller, place, process } = self;
         let process =
             process.or_else(|| Process::of(stream, &credentials).ok()).unwrap_or(Process::OutOfNamespace);
-        Peer { place, groups: peer_group_count(stream), ..Peer::new(credentials, caller, process) }
+        Peer { place, groups: connected_groups(stream), ..Peer::new(credentials, caller, process) }
     }
 }
 
@@ -307,6 +309,7 @@ impl Peer {
             slot: PeerSlot::default(),
             given: GivenLately::default(),
             groups: None,
+            since: Instant::now(),
             in_vain: AtomicBool::new(false),
         }
     }
@@ -376,9 +379,14 @@ impl Peer {
         self.place
     }
 
-    /// How many supplementary groups it had when it connected, where the kernel says. It may have changed them since.
-    pub fn connected_with_groups(&self) -> Option<usize> {
-        self.groups
+    /// The supplementary groups that it had when it connected, where the kernel says. It may have changed them since.
+    pub fn connected_with_groups(&self) -> Option<&ConnectedGroups> {
+        self.groups.as_ref()
+    }
+
+    /// When it was let in.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// A call of it fails by its own doing: the answer is no work to conserve, whatever its code.

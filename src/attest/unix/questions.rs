@@ -95,9 +95,10 @@ impl UnixQuestions {
         (names, self.supplementary_gids.contains(&gid))
     }
 
-    /// Whether a supplementary group can have a selector that an entry asks for.
-    pub(super) fn ask_for_groups(&self) -> bool {
+    /// Whether an entry asks for a supplementary group that there may be.
+    pub(in crate::attest) fn ask_for_groups(&self) -> bool {
         !(self.supplementary_groups.is_empty() && self.supplementary_gids.is_empty())
+            || self.unanswered.contains(SUPPLEMENTARY_GROUP)
     }
 
     /// The kinds of the names that the database said nothing of, and that a process may have. Whose number stands in the
