@@ -76,7 +76,7 @@ use crate::{
         peer_groups::ConnectedGroups,
         pidfd::Owner,
     },
-    peer::Peer,
+    peer::{Peer, slot::PeerSlot},
     telemetry::registry::{By, Label as _, Registry},
 };
 
@@ -466,7 +466,8 @@ impl Attestor {
             return Ok(None);
         }
         let now = Instant::now();
-        if process.slot().is_some_and(|slot| slot.load::<TooManyGroups>(now).is_some()) {
+        let had_too_many = |slot: &PeerSlot| slot.load::<TooManyGroups>(now).is_some();
+        if questions.unix.ask_for_groups() && process.slot().is_some_and(had_too_many) {
             process.is_alive()?;
             let error = ProcReadError::TooManyGroups.into();
             self.metrics.failed(&error);

@@ -79,7 +79,7 @@ impl Default for LongReads {
 }
 
 /// How a process is read.
-enum Way {
+enum ReadWay {
     /// On this thread.
     Here,
     /// Beside those that serve.
@@ -124,17 +124,17 @@ impl LongReads {
             (outcome, rest)
         };
         let mut way = self.way(family)?;
-        if let Way::Beside = way {
+        if let ReadWay::Beside = way {
             let beside = place_in(&self.beside, patience).await.ok_or(AttestError::Crowded)?;
             // Meanwhile another of its family may have been read.
             way = self.way(family)?;
-            if !matches!(way, Way::InTurn(_)) {
+            if !matches!(way, ReadWay::InTurn(_)) {
                 // Its place lasts as long as the read, whether anybody still waits or not.
                 let read = move || (read(), beside).0.0;
                 return Ok(spawn_blocking(read).await.map_err(|_ended| AttestError::Crowded)??);
             }
         }
-        let Way::InTurn(place) = way else { return Ok(read().0?) };
+        let ReadWay::InTurn(place) = way else { return Ok(read().0?) };
         stand_aside();
         let turn = place_in(&self.turn, patience).await.ok_or(AttestError::ManyGroups)?;
         let (tell, told) = oneshot::channel();
@@ -143,7 +143,9 @@ impl LongReads {
             if let Ok((outcome, rest)) = spawn_blocking(read).await {
                 drop(place);
                 let _nobody_waits = tell.send(outcome);
-                sleep(rest).await;
+                if !rest.is_zero() {
+                    sleep(rest).await;
+                }
             }
             drop(turn);
         }));
@@ -154,19 +156,19 @@ impl LongReads {
     ///
     /// # Errors
     /// [`AttestError::ManyGroups`]: it is to be read in its turn, and there are others enough who wait for that.
-    fn way(self: &Arc<Self>, family: u64) -> Result<Way, AttestError> {
+    fn way(self: &Arc<Self>, family: u64) -> Result<ReadWay, AttestError> {
         if !self.any.load(Relaxed) {
-            return Ok(Way::Here);
+            return Ok(ReadWay::Here);
         }
         let (mut families, now) = (self.families(), Instant::now());
         let rests = families.rest_until.is_some_and(|until| now < until);
         match families.known.get_mut(&family).filter(|known| now < known.until) {
-            None if rests => Ok(Way::Beside),
-            None => Ok(Way::Here),
+            None if rests => Ok(ReadWay::Beside),
+            None => Ok(ReadWay::Here),
             Some(known) if known.places >= PLACES => Err(AttestError::ManyGroups),
             Some(known) => {
                 known.places += 1;
-                Ok(Way::InTurn(ReadPlace { reads: Arc::clone(self), family }))
+                Ok(ReadWay::InTurn(ReadPlace { reads: Arc::clone(self), family }))
             }
         }
     }
