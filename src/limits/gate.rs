@@ -463,7 +463,9 @@ impl SharedGate {
         connections.look(u64::from(*total), |target| accounts.level(Weight::Connections, target));
         let (short_from, room_below) = bytes.bounds();
         self.node.bound(short_from, room_below);
-        self.node.close(bytes.last_bounds(), bytes.least);
+        let bounds @ [_, tight, ..] = bytes.last_bounds();
+        let part = tight / u64::try_from(accounts.groups()).unwrap_or(u64::MAX).max(1);
+        self.node.close(bounds, bytes.least, part);
         self.node.set_share(bytes.is_short().then(|| bytes.share()), bytes.look_from());
         self.node.room().set(Short::Descriptors, connections.is_short());
         state.looked = self.ledger.now();

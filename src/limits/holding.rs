@@ -73,12 +73,13 @@ pub(super) struct NodeHeld {
     /// From so many bytes on shares are to be reckoned anew.
     look_from: AtomicU64,
     /// What is held when only those grow who have no more than their share, when only those do who have less than the least
-    /// share there is, when only those do who begin, when nobody does, and that least share.
+    /// share there is, when only those do who begin, when nobody does, that least share, and the part of each.
     most_from: AtomicU64,
     tight_from: AtomicU64,
     full_from: AtomicU64,
     spent_from: AtomicU64,
     least: AtomicU64,
+    part: AtomicU64,
     /// Somebody below its share found no memory, and when those who look were last woken for such a thing.
     wanted: AtomicBool,
     woken: AtomicU64,
@@ -102,6 +103,7 @@ impl NodeHeld {
             full_from: AtomicU64::new(u64::MAX),
             spent_from: AtomicU64::new(u64::MAX),
             least: AtomicU64::new(0),
+            part: AtomicU64::new(0),
             wanted: AtomicBool::new(false),
             woken: AtomicU64::new(0),
             look: Notify::new(),
@@ -140,27 +142,38 @@ impl NodeHeld {
     }
 
     /// Sets from where on those who have more than their share hold no more, from where on those who have `least` do not, from
-    /// where on only those do who begin, and from where on nobody does: see [`Holding::try_hold`].
-    pub(super) fn close(&self, bounds: [u64; 4], least: u64) {
+    /// where on only those do who begin, and from where on nobody does: see [`Holding::try_hold`]. `part` is what each
+    /// had if all who hold something had the same, which is less than `least` where those are more than there are least shares.
+    pub(super) fn close(&self, bounds: [u64; 4], least: u64, part: u64) {
         let [most_from, tight_from, full_from, spent_from] = bounds;
         self.most_from.store(most_from, Relaxed);
         self.tight_from.store(tight_from, Relaxed);
         self.full_from.store(full_from, Relaxed);
         self.spent_from.store(spent_from, Relaxed);
         self.least.store(least, Relaxed);
+        self.part.store(part, Relaxed);
     }
 
-    /// Whether one who holds `bytes` with what was just added may keep that, where all hold `all`.
+    /// Whether one who holds `bytes` may keep what was just added to them, where all hold `all`.
     fn fits(&self, all: u64, bytes: u64) -> bool {
         let mostly = if self.is_above_share(bytes) { &self.most_from } else { &self.tight_from };
         all < mostly.load(Relaxed)
-            || bytes <= self.least.load(Relaxed) && all < self.full_from.load(Relaxed)
+    }
+
+    /// The same for a connection that begins, of one who held `before`.
+    fn fits_first(&self, all: u64, before: u64, bytes: u64) -> bool {
+        self.fits(all, bytes)
+            || before <= self.least.load(Relaxed) && all < self.full_from.load(Relaxed)
             || bytes <= BEGINS && all < self.spent_from.load(Relaxed)
     }
 
-    /// The same of a large answer in the making: the only one of its family may be made as long as nobody has to be cut for it.
-    fn fits_answer(&self, all: u64, bytes: u64, is_only: bool) -> bool {
-        self.fits(all, bytes) || is_only && all < self.full_from.load(Relaxed)
+    /// The same for more of a connection that holds `own` with it. What it asks further can wait; what begins on another cannot,
+    /// and comes first.
+    fn fits_further(&self, all: u64, bytes: u64, own: u64) -> bool {
+        let least = self.least.load(Relaxed).min(self.part.load(Relaxed));
+        self.fits(all, bytes)
+            || bytes <= least && all < self.full_from.load(Relaxed)
+            || own <= NEWCOMER && bytes <= BEGINS && all < self.spent_from.load(Relaxed)
     }
 
     /// Somebody below its share was refused for what others hold: wakes those who look.
@@ -308,15 +321,26 @@ impl Holding {
     }
 
     /// Counts what need not be granted, if it fits: `false`, and nothing is counted, where memory is about to run out and the
-    /// caller's family has the least share there is; one with a connection and a call gets what is set aside for it beyond
-    /// that. The look four times a second comes too late for a thousand connections that all begin to speak.
+    /// caller's family has the least share there is, or its part where that is less; one with a connection and a call gets what is
+    /// set aside for it beyond that. The look four times a second comes too late for a thousand connections that all ask for more.
     #[must_use]
     pub fn try_hold(&self, bytes: u64) -> bool {
+        self.try_with(bytes, |node, group| node.fits_further(node.bytes(), group.bytes(), self.bytes()))
+    }
+
+    /// The same of a connection that begins, for what HTTP/2 takes with its first request: whoever held no more than the least share
+    /// before gets it, however many others do.
+    #[must_use]
+    pub fn try_begin(&self, bytes: u64) -> bool {
+        self.try_with(bytes, |node, group| {
+            let held = group.bytes();
+            node.fits_first(node.bytes(), held.saturating_sub(bytes), held)
+        })
+    }
+
+    fn try_with(&self, bytes: u64, may: impl FnOnce(&NodeHeld, &GroupHeld) -> bool) -> bool {
         self.hold(bytes);
-        let fits = self
-            .sums
-            .as_ref()
-            .is_none_or(|HeldSums { group, node, .. }| node.fits(node.bytes(), group.bytes()))
+        let fits = self.sums.as_ref().is_none_or(|HeldSums { group, node, .. }| may(node, group))
             || self.is_on_reserve() && self.bytes() <= NEWCOMER;
         if !fits {
             self.release(bytes);
@@ -327,10 +351,11 @@ impl Holding {
         fits
     }
 
-    /// Whether [`Self::try_hold`] would count so much now.
-    pub fn could_hold(&self, bytes: u64) -> bool {
+    /// Whether [`Self::try_begin`] would count so much now.
+    pub fn could_begin(&self, bytes: u64) -> bool {
         let fits = |HeldSums { group, node, .. }: &HeldSums| {
-            node.fits(node.bytes().saturating_add(bytes), group.bytes().saturating_add(bytes))
+            let before = group.bytes();
+            node.fits_first(node.bytes().saturating_add(bytes), before, before.saturating_add(bytes))
         };
         self.sums.as_ref().is_none_or(fits)
             || self.is_on_reserve() && self.bytes().saturating_add(bytes) <= NEWCOMER
@@ -364,7 +389,9 @@ impl Holding {
         let making = AnswerInTheMaking(self.keep(bytes));
         let fits = self.sums.as_ref().is_none_or(|HeldSums { group, node, .. }| {
             let is_only = group.making.fetch_add(1, Relaxed) == 0;
-            node.fits_answer(node.bytes(), group.bytes(), is_only)
+            let all = node.bytes();
+            node.fits_further(all, group.bytes(), self.bytes())
+                || is_only && all < node.full_from.load(Relaxed)
         });
         fits.then_some(making)
     }
@@ -569,7 +596,7 @@ mod tests {
             Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
         };
         // In units in which nobody is one who begins.
-        node.close([85, 85, 95, 0], 1);
+        node.close([85, 85, 95, 0], 1, 1);
         let (one, another) = (of_family(), of_family());
         let in_room = [one.try_make(10).unwrap(), one.try_make(10).unwrap()];
         another.hold(60);
@@ -594,12 +621,12 @@ mod tests {
             Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) })
         };
         let (full, spent) = (100 * BEGINS, 103 * BEGINS);
-        node.close([full, full, full, spent], 0);
+        node.close([full, full, full, spent], 0, 0);
         let other = of_family();
         other.hold(full);
         assert!(!other.try_hold(1));
         let begins: Vec<Holding> = (0..5).map(|_| of_family()).collect();
-        let fits: Vec<bool> = begins.iter().map(|one| one.try_hold(BEGINS)).collect();
+        let fits: Vec<bool> = begins.iter().map(|one| one.try_begin(BEGINS)).collect();
         assert_eq!(fits, [true, true, false, false, false], "as long as there is some of it");
         assert!(!begins[0].try_hold(1), "no more than that");
     }

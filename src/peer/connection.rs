@@ -137,7 +137,7 @@ impl<G: AcceptGate> Connection<G> {
             self.goes_in = None;
             return Err(Unserved::NoMemory);
         }
-        if self.holding.try_hold(HTTP2) {
+        if self.holding.try_begin(HTTP2) {
             return Ok(());
         }
         let until = match &self.goes_in {
@@ -153,7 +153,7 @@ impl<G: AcceptGate> Connection<G> {
                 () = drains(&mut self.phases) => return Err(Unserved::Ended(ConnectionEnd::Drained)),
                 _told = self.holding.told(None) => return Err(Unserved::NoMemory),
             }
-            if self.holding.try_hold(HTTP2) {
+            if self.holding.try_begin(HTTP2) {
                 return Ok(());
             }
         }

@@ -62,7 +62,7 @@ impl<P: Send + 'static> AtEntrance<P> {
     /// where it takes least.
     fn may_go_in(&self, holding: &Holding, now: Instant) -> bool {
         let waited = now.saturating_duration_since(self.since);
-        holding.could_hold(HTTP2) || holding.notice().is_some() || waited >= FOR_ROOM
+        holding.could_begin(HTTP2) || holding.notice().is_some() || waited >= FOR_ROOM
     }
 }
 
@@ -255,6 +255,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         if may_wait && why.is_soft() {
             waits.arrival.let_go();
             waits.refused(why);
+            waits.until = self.ends.map_or(waits.until, |ends| waits.until.min(ends));
             self.keep(Kept { stream, family, waits: Some(waits) }, now);
             return Ok(());
         }

@@ -11,11 +11,14 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{accepted::Accepted, bounds::ConnectionBounds, credentials::Arrival};
+use super::{accepted::Accepted, bounds::ConnectionBounds, connection::ROOM_AGAIN, credentials::Arrival};
 use crate::limits::{
     ConnectionRefusal,
     patience::{FOR_PLACE, FOR_ROOM},
 };
+
+/// While fewer wait, the first of each family is asked for as often as who waits at the entrance: memory comes back without a word.
+const OFTEN_ASKED: usize = 64;
 
 /// One of those that are kept.
 #[derive(Debug)]
@@ -106,8 +109,11 @@ impl Lingering {
         if let Some(waits) = &one.waits {
             due = due.min(waits.until);
         }
-        let due = (due, self.numbered);
         let family = self.families.entry(one.family).or_default();
+        if one.waits.is_some() && family.is_empty() && self.waiters < OFTEN_ASKED {
+            due = due.min(now + ROOM_AGAIN);
+        }
+        let due = (due, self.numbered);
         let turn = one.waits.as_ref().map(|_| (family.len(), self.numbered));
         family.insert(due);
         if let (Some(turn), Some(waits)) = (turn, &one.waits) {
@@ -261,6 +267,26 @@ mod tests {
             .collect();
         assert_eq!(order, [(8, Some(true)), (7, Some(true))]);
         assert!(lingering.take_due(now + FOR_ROOM).is_some() && !lingering.is_waited_in());
+    }
+
+    /// Of a crowd that waits the first alone, and of many that do none.
+    #[test]
+    fn the_first_of_a_family_is_asked_for_often() {
+        let (now, mut lingering) = (Instant::now(), Lingering::default());
+        let soon = |lingering: &mut Lingering| {
+            std::iter::from_fn(|| lingering.take_due(now + ROOM_AGAIN))
+                .map(|it| it.family)
+                .collect::<Vec<_>>()
+        };
+        for family in [7, 7, 7, 8] {
+            assert!(lingering.keep(one(family, Some(now + FOR_ROOM)), now, &at_most(500)).is_empty());
+        }
+        assert!(lingering.keep(one(9, None), now, &at_most(500)).is_empty(), "refused for good");
+        assert_eq!(soon(&mut lingering), [7, 8]);
+        for family in 0..200 {
+            assert!(lingering.keep(one(family, Some(now + FOR_ROOM)), now, &at_most(500)).is_empty());
+        }
+        assert!(soon(&mut lingering).len() <= OFTEN_ASKED);
     }
 
     #[test]

@@ -1071,8 +1071,8 @@ async fn memory_is_set_aside_for_callers_that_hold_nothing() {
         (100..300).map_while(|uid| gate.open(CallerKey::Uid(uid)).ok()).collect();
     assert_eq!(new.len(), 64);
     assert_eq!(gate.open(CallerKey::Uid(999)).err(), Some(ConnectionRefusal::MemoryTaken));
-    assert!(new.iter().all(|permit| permit.holding().try_hold(HTTP2)), "they speak too");
-    assert!(!new.iter().any(|permit| permit.holding().try_hold(HTTP2)), "once");
+    assert!(new.iter().all(|permit| permit.holding().try_begin(HTTP2)), "they speak too");
+    assert!(!new.iter().any(|permit| permit.holding().try_begin(HTTP2)), "once");
     assert!(!hog[1].holding().try_hold(1));
     new.pop();
     let last = gate.open(CallerKey::Uid(999)).unwrap();
@@ -1120,7 +1120,7 @@ async fn who_holds_a_stream_on_what_is_set_aside_gets_a_second_connection() {
     let gate = gate_within(GateSettings::default(), 24 << 20);
     let speaks = |uid| {
         let permit = gate.open(CallerKey::Uid(uid)).unwrap();
-        assert!(permit.holding().try_hold(HTTP2), "{uid}");
+        assert!(permit.holding().try_begin(HTTP2), "{uid}");
         permit
     };
     let mut greedy: Vec<ConnectionPermit> =
@@ -1139,7 +1139,7 @@ async fn who_holds_a_stream_on_what_is_set_aside_gets_a_second_connection() {
     );
     greedy.retain(|permit| notice(permit).is_none());
     for _ in 0..40 {
-        assert!(second().unwrap().holding().try_hold(HTTP2));
+        assert!(second().unwrap().holding().try_begin(HTTP2));
     }
     assert_eq!(gate.open(CallerKey::Uid(100)).err(), Some(ConnectionRefusal::Memory), "it holds its share");
     assert_eq!(crowd.iter().chain([&stream]).filter_map(notice).count(), 0);
@@ -1159,7 +1159,7 @@ async fn who_holds_one_connection_gets_a_second_where_silent_callers_have_the_pl
     let mut polite: Vec<ConnectionPermit> = Vec::new();
     for nth in 0..7 {
         let permit = gate.open(CallerKey::Uid(2)).unwrap_or_else(|why| panic!("{nth}: {why:?}"));
-        assert!(permit.holding().try_hold(HTTP2), "{nth}");
+        assert!(permit.holding().try_begin(HTTP2), "{nth}");
         polite.push(permit);
     }
     assert_eq!(gate.open(CallerKey::Uid(1)).err(), Some(ConnectionRefusal::Memory), "it has its share");
@@ -1249,11 +1249,11 @@ async fn who_begins_to_speak_finds_room_up_to_the_end() {
     hog.holding().hold(60 << 20);
     gate.look(None, 0);
     assert!(!hog.holding().try_hold(1));
-    assert!(first.holding().try_hold(HTTP2));
+    assert!(first.holding().try_begin(HTTP2));
     hog.holding().hold(1 << 20);
-    assert!(!second.holding().try_hold(HTTP2), "the last part is nobody's");
+    assert!(!second.holding().try_begin(HTTP2), "the last part is nobody's");
     hog.holding().release(1 << 20);
-    assert!(second.holding().try_hold(HTTP2));
+    assert!(second.holding().try_begin(HTTP2));
 }
 
 /// Memory for the admin connections that are set is set aside, whether they are open or not.
@@ -1371,7 +1371,7 @@ async fn who_finds_no_memory_to_begin_is_refused_by_name() {
     let [hog, polite] = [1, 2].map(CallerKey::Uid);
     let (large, small) = (gate.open(hog).unwrap(), gate.open(polite).unwrap());
     large.holding().hold(61 << 20);
-    assert!(!small.holding().try_hold(HTTP2));
+    assert!(!small.holding().try_begin(HTTP2));
     assert_eq!(gate.refuse_begun(&small), ConnectionRefusal::MemoryTaken);
     assert_eq!(gate.refuse_begun(&large), ConnectionRefusal::Memory, "it holds its share, and more");
     let row = |caller| {
@@ -1529,9 +1529,9 @@ async fn who_finds_no_memory_when_it_speaks_is_refused_for_what_is_held() {
     let crowd: Vec<_> = (0..1_000).map_while(|_| gate.open(heavy).ok()).collect();
     let other = gate.open(light).unwrap();
     assert_eq!(crowd.len(), 1_000);
-    let speaking = crowd.iter().filter(|one| one.holding().try_hold(HTTP2)).count();
+    let speaking = crowd.iter().filter(|one| one.holding().try_begin(HTTP2)).count();
     assert!((300..500).contains(&speaking), "{speaking}");
-    assert!(other.holding().try_hold(HTTP2), "what is kept for one that begins is not the crowd's");
+    assert!(other.holding().try_begin(HTTP2), "what is kept for one that begins is not the crowd's");
     assert_eq!(gate.refuse_begun(&crowd[999]), ConnectionRefusal::Memory);
     assert_eq!(gate.refuse_begun(&other), ConnectionRefusal::MemoryTaken);
     let mut told: Vec<_> =

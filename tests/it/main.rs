@@ -21,6 +21,7 @@ mod disks;
 mod door;
 mod excess;
 mod executables;
+mod filled;
 mod forged;
 mod frames;
 mod fuse;
