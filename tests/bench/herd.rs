@@ -1,7 +1,7 @@
 //! Polite callers who come together: crowds after a restart, a node that boots, many streams, and a gateway that validates.
 //!
-//! `cargo bench --bench herd [-- SCENARIO ..]`; scenarios are `restart`, `users`, `boot`, `streams`, `validate` and `busy`. In the
-//! environment: `DURWARD_HERD_MIB` is what the agent may use (default 64), `DURWARD_HERD_NICE` its priority (default -10, as
+//! `cargo bench --bench herd [-- SCENARIO ..]`; scenarios are `restart`, `users`, `boot`, `streams`, `second`, `validate` and
+//! `busy`. In the environment: `DURWARD_HERD_MIB` is what the agent may use (default 64), `DURWARD_HERD_NICE` its priority (default -10, as
 //! the unit has it), `DURWARD_BIN` another agent. `DURWARD_HERD_PEER` is the socket of another server of the Workload API, a
 //! spire-agent's say, which has an entry for this user: up to 100 clients restart there too.
 //!
@@ -42,7 +42,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use client::{Client, Come, Saw};
+use client::{Client, Come, STAYING, Saw};
 use confined::{Cgroup, Confined};
 use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
@@ -61,6 +61,8 @@ const BESIDE_PEER: u32 = 100;
 /// Units of a node that boots.
 const UNITS: u32 = 60;
 const STREAMS: u64 = 1_000;
+/// Clients of another user who come when streams have filled memory.
+const SECOND: u32 = 100;
 /// What a gateway validates in a second.
 const VALIDATIONS: u64 = 2_000;
 /// Who keeps the agent busy meanwhile.
@@ -209,6 +211,20 @@ fn streams() {
     told("1,000 streams of one user, a connection each", &saw, took, Some(&agent));
 }
 
+/// As many streams of one user as there is room for, and then a crowd of another.
+fn second() {
+    let agent = Agent::start();
+    let socket = agent.confined.socket();
+    let first = Herd::gather(&agent.me, &socket, Come::Stays(STREAMS), [Some(FIRST)].into_iter());
+    let others = Herd::gather(&agent.me, &socket, Come::Once, (0..SECOND).map(|_| Some(FIRST + 1)));
+    let first = std::thread::spawn(move || first.come());
+    std::thread::sleep(STAYING / 2);
+    let (saw, took) = others.come();
+    let (stayed, all) = first.join().expect("figures");
+    told("up to 1,000 streams of one user, which stay", &stayed, all, None);
+    told(&format!("{SECOND} clients of another, 5 s later"), &saw, took, Some(&agent));
+}
+
 /// A gateway validates, alone or beside others who do without end.
 fn validate(busy: u32) {
     let agent = Agent::start();
@@ -271,6 +287,9 @@ fn main() {
     }
     if is_asked("streams") {
         streams();
+    }
+    if is_asked("second") {
+        second();
     }
     if is_asked("validate") {
         validate(0);

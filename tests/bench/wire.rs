@@ -2,13 +2,16 @@
 
 use super::frames::message;
 
-/// The gRPC status in a block of headers, if one is there: the name in Huffman's code (RFC 7541), and the value as h2 writes it, in
-/// the same, or as grpc-go does, in plain digits.
+/// The gRPC status in a block of headers, if one is there: the name in Huffman's code (RFC 7541) or plain, as the agent writes it
+/// to whom its gate refuses, and the value as h2 writes it, in that code, or as grpc-go does, in plain digits.
 pub(crate) fn status(block: &[u8]) -> Option<u8> {
-    /// `grpc-status`.
-    const NAME: [u8; 8] = [0x9a, 0xca, 0xc8, 0xb2, 0x12, 0x34, 0xda, 0x8f];
-    let at = block.windows(NAME.len()).position(|it| it == NAME)?;
-    let [length, value @ ..] = block.get(at + NAME.len()..)? else { return None };
+    const PLAIN: &[u8] = b"grpc-status";
+    const CODED: &[u8] = &[0x9a, 0xca, 0xc8, 0xb2, 0x12, 0x34, 0xda, 0x8f];
+    let behind = |name: &[u8]| {
+        let at = block.windows(name.len()).position(|it| it == name)?;
+        block.get(at + name.len()..)
+    };
+    let [length, value @ ..] = behind(CODED).or_else(|| behind(PLAIN))? else { return None };
     let value = value.get(..usize::from(length & 0x7f))?;
     let written =
         |status: u8| if length & 0x80 == 0 { status.to_string().into_bytes() } else { coded(status) };

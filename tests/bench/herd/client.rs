@@ -20,6 +20,8 @@ use super::{
 const PATIENCE: Duration = Duration::from_secs(20);
 /// For how long a gateway validates, and others beside it.
 const VALIDATING: Duration = Duration::from_secs(4);
+/// How long streams stay while others come.
+pub(crate) const STAYING: Duration = Duration::from_secs(10);
 /// Connections of a gateway, and calls that are open on each.
 const GATEWAY: usize = 4;
 const AT_ONCE: usize = 12;
@@ -34,6 +36,8 @@ pub(crate) enum Come {
     Unit,
     /// So many streams of FetchX509SVID, a connection each, one after the other; all stay open.
     Streams(u64),
+    /// The same up to the first that is refused; they stay for [`STAYING`].
+    Stays(u64),
     /// ValidateJWTSVID so many times a second.
     Validates(u64),
     /// The same, as soon as others are answered.
@@ -92,9 +96,13 @@ impl Part for Client {
                 drop(stream);
             }
             Come::Streams(count) => {
-                let open: Vec<Raw> = (0..count).filter_map(|_| self.stream(&mut saw)).collect();
-                drop(open);
+                let mut open = Vec::new();
+                for _ in 0..count {
+                    open.extend(self.stream(&mut saw));
+                    read_on(&mut open, &mut saw);
+                }
             }
+            Come::Stays(count) => self.stays(count, &mut saw),
             Come::Validates(rate) => self.validates(rate, &mut saw),
             Come::ValidatesWithoutEnd => self.validates_without_end(&mut saw),
         }
@@ -140,6 +148,20 @@ impl Client {
                     return None;
                 }
             }
+        }
+    }
+
+    fn stays(&self, count: u64, saw: &mut Saw) {
+        let until = Instant::now() + STAYING;
+        let mut open = Vec::new();
+        while (open.len() as u64) < count
+            && let Some(raw) = self.stream(saw)
+        {
+            open.push(raw);
+        }
+        while Instant::now() < until {
+            read_on(&mut open, saw);
+            wait_for_any(open.iter(), Duration::from_millis(100));
         }
     }
 
@@ -214,6 +236,22 @@ impl Client {
         let request = pb::ValidateJwtsvidRequest { audience: "herd".to_owned(), svid: svids.pop()?.svid };
         Some(message(&request.encode_to_vec()))
     }
+}
+
+/// Reads what comes on streams that were answered: a client that does not answer a PING is taken to be gone.
+fn read_on(open: &mut Vec<Raw>, saw: &mut Saw) {
+    open.retain_mut(|raw| {
+        loop {
+            match raw.next(Duration::ZERO) {
+                Came::Nothing => return true,
+                Came::Data { .. } | Came::Began { .. } => {}
+                Came::ComeBack | Came::Closed | Came::Ended { .. } | Came::Reset { .. } => {
+                    saw.fails("had to go after its answer");
+                    return false;
+                }
+            }
+        }
+    });
 }
 
 /// The calls of a connection that are not answered, and since when.
