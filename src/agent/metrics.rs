@@ -65,24 +65,23 @@ impl MemoryMetrics {
     }
 }
 
-/// Of what there is no room.
+/// Whether the processor is short.
 #[derive(Debug)]
-pub(super) struct RoomMetrics(By<Short, Gauge>);
+pub(super) struct ProcessorMetrics(Gauge);
 
-impl RoomMetrics {
-    /// Registers every series.
+impl ProcessorMetrics {
+    /// Registers the series.
     pub(super) fn new(make: Registry<'_>) -> Self {
-        Self(make.gauges(
-            "durward_rate_limit_short",
-            "1 while the agent is short of this, and defaults refuse; else 0.",
+        Self(make.gauge(
+            "durward_processor_short",
+            "1 while the agent uses or waits for more of the processor than it may, and defaults refuse; else 0.",
+            &[],
         ))
     }
 
-    /// Sets them.
+    /// Sets it.
     pub(super) fn set(&self, room: &Room) {
-        for short in Short::VALUES {
-            self.0.with(*short, |gauge| gauge.set(f64::from(u8::from(room.is_short(*short)))));
-        }
+        self.0.set(if room.is_short(Short::Processor) { 1.0 } else { 0.0 });
     }
 }
 

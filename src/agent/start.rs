@@ -29,7 +29,7 @@ use super::{
     },
     judge::{Judge, Witnesses},
     meter::{MemoryMeter, keep_time},
-    metrics::{AgentMetrics, MemoryMetrics, RoomMetrics},
+    metrics::{AgentMetrics, MemoryMetrics, ProcessorMetrics},
     place::{self, Inherited, Sockets},
     predecessor::Predecessor,
     probe::probe,
@@ -350,14 +350,14 @@ impl AgentParts {
         Ok(Running { config, adjustable, public, admin, tasks, http: answering, asked, issuing, keeper })
     }
 
-    /// Has a scrape tell how memory stands, and what is short.
+    /// Has a scrape tell how memory stands, and whether the processor is short.
     fn tell_of_room(&self) {
-        let (memory, room) =
-            (MemoryMetrics::new(self.metrics.registry()), RoomMetrics::new(self.metrics.registry()));
+        let (memory, processor) =
+            (MemoryMetrics::new(self.metrics.registry()), ProcessorMetrics::new(self.metrics.registry()));
         let (gate, meter) = (self.gate.clone(), self.meter.clone());
         self.metrics.before_render(move || {
             memory.set(gate.memory(), meter.charged());
-            room.set(gate.room());
+            processor.set(gate.room());
         });
     }
 

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::{
     meter::MemoryMeter,
-    short_processor::{ShortProcessor, Turn},
+    short_processor::{ShortProcessor, ShortTold},
 };
 use crate::{
     api::Journal,
@@ -210,11 +210,11 @@ impl Watch {
     fn tell_of_processor(&self, processor: &mut ShortProcessor) {
         let cores = self.gate.processor_share().text();
         match processor.look(self.limits.room().is_short(Short::Processor), Instant::now()) {
-            Some(Turn::Began) => tracing::warn!(
+            Some(ShortTold::Began) => tracing::warn!(
                 cores,
                 "processor limit: the agent uses or waits for more of the processor than it may, so what holds by default binds"
             ),
-            Some(Turn::Ended { lasted }) => {
+            Some(ShortTold::Ended { lasted }) => {
                 let seconds = lasted.as_secs();
                 tracing::info!(cores, seconds, "processor limit: the agent has processor time again");
             }

@@ -388,13 +388,15 @@ impl Ledger {
         let shed = stage == Stage::Node;
         let is_ours = shed || origin == Origin::ByDefault || reason == Reason::InFlight;
         let status = if is_ours { RejectionStatus::Unavailable } else { plan.status };
+        // What is to spare may come sooner than tokens.
+        let spare = if origin == Origin::ByDefault { self.spare.each() } else { Duration::MAX };
         let refusal = Refusal {
             method,
             stage,
             charged_as,
             reason,
             retry_after,
-            each,
+            each: each.min(spare),
             shed,
             status,
             origin,

@@ -10,7 +10,7 @@ use crate::telemetry::registry::labels;
 
 labels! {
     /// Of what there is no room.
-    Short, "of" {
+    Short, "kind" {
         /// Bytes of the memory budget.
         Memory = "memory",
         /// Descriptors of the process.

@@ -48,6 +48,11 @@ impl SpareCalls {
         self.lock().quota = quota;
     }
 
+    /// How long one takes to come; [`Duration::MAX`] for ever.
+    pub(super) fn each(&self) -> Duration {
+        self.lock().quota.map_or(Duration::MAX, |quota| quota.time_of(1))
+    }
+
     /// How many there are a second.
     pub(super) fn per_second(&self) -> u32 {
         self.lock().quota.map_or(0, |quota| u32::try_from(quota.millis_per(1) / 1000).unwrap_or(u32::MAX))

@@ -20,9 +20,9 @@ const ITSELF: u64 = 5 * MIB;
 const TICK: Duration = Duration::from_millis(50);
 
 fn gate(budget: u64) -> Gate {
-    let settings = LimitSettings::default();
+    let settings = LimitSettings::default().within(budget);
     let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&metrics::NoopRecorder));
-    let gate = Gate::new(GatePlan::new(&settings, 20_000, Some(budget)).unwrap(), &limits);
+    let gate = Gate::new(GatePlan::new(&settings, 20_000, budget).unwrap(), &limits);
     gate.look(None, ITSELF);
     gate
 }
