@@ -109,13 +109,13 @@ struct MeteredCgroup {
 
 /// What there is that the kernel keeps something of.
 #[derive(Clone, Copy, Debug)]
-struct KeptFor {
+struct KernelUse {
     files: u64,
     /// Bytes that are held for callers, unread answers in the kernel among them.
     held: u64,
 }
 
-impl KeptFor {
+impl KernelUse {
     /// What of the kernel's part is neither for these nor the process's own: names that it has looked up, which it drops before
     /// it kills anybody. No more than there is of them, whatever callers do.
     fn names(self, parts: ChargedParts) -> u64 {
@@ -139,8 +139,8 @@ impl MeteredCgroup {
 
     /// What of the kernel's part are names that nobody needs.
     fn names(&self, parts: ChargedParts) -> Option<u64> {
-        let kept_for = KeptFor { files: open_files()?, held: self.gate.memory().held };
-        if kept_for.names(parts) < WORTH_A_WAIT {
+        let use_now = KernelUse { files: open_files()?, held: self.gate.memory().held };
+        if use_now.names(parts) < WORTH_A_WAIT {
             return Some(0);
         }
         // Of what was closed before, the kernel may keep something yet.
@@ -150,9 +150,9 @@ impl MeteredCgroup {
         }
         let parts = self.cgroup.parts()?;
         let came = self.connections.accepted().saturating_sub(accepted);
-        let files = kept_for.files.saturating_add(came.saturating_mul(FILES_OF_CONNECTION));
-        let held = kept_for.held.max(self.gate.memory().held);
-        Some(KeptFor { files, held }.names(parts))
+        let files = use_now.files.saturating_add(came.saturating_mul(FILES_OF_CONNECTION));
+        let held = use_now.held.max(self.gate.memory().held);
+        Some(KernelUse { files, held }.names(parts))
     }
 }
 
@@ -306,7 +306,7 @@ mod tests {
             ("the kernel does not say", 0, None, 0, 0, 0),
         ] {
             let parts = ChargedParts { droppable: 0, kernel, reclaimable };
-            assert_eq!(KeptFor { files, held }.names(parts), want, "{case}");
+            assert_eq!(KernelUse { files, held }.names(parts), want, "{case}");
         }
     }
 }

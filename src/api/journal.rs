@@ -300,7 +300,7 @@ mod tests {
         issuer::MintError,
         limits::{
             CallerKey, ConnectionRefusal, Refusal, RejectionStatus,
-            refusal::{ChargedAs, Reason, Rest, Stage},
+            refusal::{ChargedAs, Reason, Remainder, Stage},
             rule::Origin,
         },
         store::{NoIdentity, audit::message},
@@ -343,7 +343,7 @@ mod tests {
             shed: false,
             status: RejectionStatus::ResourceExhausted,
             origin: Origin::Set,
-            rest: Rest::Nothing,
+            rest: Remainder::Nothing,
             spiffe_id: None,
         })
     }

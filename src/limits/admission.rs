@@ -21,7 +21,7 @@ use super::{
     method::Method,
     patience::{FOR_ROOM, Patience},
     policy::Choice,
-    refusal::{ChargedAs, Reason, Refusal, Rest, Stage},
+    refusal::{ChargedAs, Reason, Refusal, Remainder, Stage},
     report::BucketName,
     room::Room,
     rule::{Limit, Origin},
@@ -456,7 +456,7 @@ impl Ledger {
             retry_after: FOR_ROOM,
             each: Duration::ZERO,
             origin: Origin::ByDefault,
-            rest: Rest::Nothing,
+            rest: Remainder::Nothing,
         };
         // What it holds it holds with its family.
         self.refuse(&question, lack, || Some(BucketName::Caller(plan.families.head(taker.caller))))
@@ -509,7 +509,7 @@ impl Ledger {
             retry_after: SHORT_WAIT,
             each: Duration::ZERO,
             origin: Origin::ByDefault,
-            rest: Rest::Nothing,
+            rest: Remainder::Nothing,
         };
         // That all are busy is nobody's doing.
         self.refuse(&question, lack, || (stage == Stage::Caller).then_some(BucketName::Caller(caller)))?;

@@ -52,7 +52,6 @@ pub(super) struct Counters {
     soft: Box<[Counter]>,
     /// Of the gate, the callers and the identities.
     pub(super) keys: [Gauge; 3],
-    pub(super) connections: Gauge,
     pub(super) in_flight: Gauge,
     pub(super) waiting: Gauge,
     pub(super) accounted: Gauge,
@@ -104,11 +103,6 @@ impl Counters {
             decisions: decisions.into(),
             soft: soft.collect(),
             keys: stages.map(|stage| registry.gauge(KEYS.0, KEYS.1, &[(Stage::KEY, stage.text())])),
-            connections: registry.gauge(
-                "durward_rate_limit_connections",
-                "Connections that hold a permit.",
-                &[],
-            ),
             in_flight: registry.gauge("durward_rate_limit_attestations", "Calls being attested.", &[]),
             waiting: registry.gauge(
                 "durward_rate_limit_waiting",

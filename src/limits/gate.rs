@@ -338,7 +338,6 @@ impl Gate {
         }
         state.give(vacancy, LentPlace { since: now, caller, group, holding: Arc::downgrade(&holding) });
         state.total += 1;
-        counters.connections.set(f64::from(state.total));
         drop(state);
         let charged_as = (!rehearsed).then_some(charged_as);
         let counted = AtomicBool::new(false);
@@ -758,7 +757,6 @@ impl Drop for ConnectionPermit {
         state.lent.gone(&self.holding);
         state.places.gone(&self.holding);
         state.accounts.take(place);
-        self.shared.ledger.counters.connections.set(f64::from(state.total));
     }
 }
 

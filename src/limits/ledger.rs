@@ -23,7 +23,7 @@ use super::{
     method::{Method, PerMethod},
     patience,
     policy::{Choice, Layers},
-    refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Rest, Stage},
+    refusal::{ChargedAs, Reason, Refusal, RejectionStatus, Remainder, Stage},
     report::{BucketName, Refusing, WhatIsRefused},
     room::{Room, Short},
     rule::{Limit, Origin, Rule},
@@ -143,7 +143,7 @@ pub(super) struct Scarcity {
     /// What the tokens of one call take to come back.
     pub(super) each: Duration,
     pub(super) origin: Origin,
-    pub(super) rest: Rest,
+    pub(super) rest: Remainder,
 }
 
 impl Scarcity {

@@ -125,7 +125,7 @@ pub enum RejectionStatus {
 
 /// What is left of a bucket that has too few tokens for a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Rest {
+pub enum Remainder {
     /// Less than the call costs.
     #[default]
     Nothing,
@@ -155,7 +155,7 @@ pub struct Refusal {
     /// Whose word the limit is.
     pub origin: Origin,
     /// What its bucket has, where tokens were short.
-    pub rest: Rest,
+    pub rest: Remainder,
     /// Whose bucket refused, at the identity stage.
     pub spiffe_id: Option<SpiffeId>,
 }
@@ -195,8 +195,8 @@ impl Refusal {
     /// What it has all the same.
     fn but(&self) -> &'static str {
         match self.rest {
-            Rest::Nothing => "",
-            Rest::KeptForOthers => ", but those kept for callers that took less",
+            Remainder::Nothing => "",
+            Remainder::KeptForOthers => ", but those kept for callers that took less",
         }
     }
 

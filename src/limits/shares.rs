@@ -20,7 +20,7 @@ use super::{
     apart::{KeptApart, QuotaChange},
     bucket::{Bucket, LONGEST, Quota, Shortfall, price},
     caller::CallerKey,
-    refusal::Rest,
+    refusal::Remainder,
 };
 
 /// Callers with a share of their own in one bucket.
@@ -140,7 +140,7 @@ pub(super) struct Common {
 pub(super) struct TooFew {
     /// When to come back.
     pub(super) wait: Duration,
-    pub(super) rest: Rest,
+    pub(super) rest: Remainder,
 }
 
 impl TooFew {
@@ -153,7 +153,7 @@ impl TooFew {
 impl From<Duration> for TooFew {
     /// Of a bucket that nobody shares.
     fn from(wait: Duration) -> Self {
-        Self { wait, rest: Rest::Nothing }
+        Self { wait, rest: Remainder::Nothing }
     }
 }
 
@@ -185,7 +185,7 @@ impl Claim {
     /// The bucket has too few tokens for so long. Come back when it has enough and to spare, or when it has enough and the share
     /// too.
     pub(super) fn lacks(&self, wait: Duration) -> TooFew {
-        let rest = if wait <= self.leaves_take { Rest::KeptForOthers } else { Rest::Nothing };
+        let rest = if wait <= self.leaves_take { Remainder::KeptForOthers } else { Remainder::Nothing };
         let with_share = self.wait.max(wait.saturating_sub(self.leaves_take));
         TooFew { wait: if self.can_leave { wait.min(with_share) } else { with_share }, rest }
     }
@@ -603,7 +603,7 @@ mod tests {
             drain(&mut bucket, at);
             let uid = if case == "joins" { 3 } else { 2 };
             let TooFew { wait, rest } = bucket.take(at, quota, 1, taker(uid), short).unwrap_err();
-            assert_eq!(rest, Rest::Nothing, "{case}");
+            assert_eq!(rest, Remainder::Nothing, "{case}");
             assert!(wait <= Duration::from_secs(2), "{case}: its part's time: {wait:?}");
             let then = at + u64::try_from(wait.as_nanos()).unwrap();
             drain(&mut bucket, then);

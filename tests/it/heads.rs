@@ -480,7 +480,7 @@ async fn a_stream_ends_with_its_time() {
     let request = Request::post(format!("http://localhost{X509}"))
         .header("content-type", "application/grpc")
         .header("workload.spiffe.io", "true")
-        .header("grpc-timeout", "50m")
+        .header("grpc-timeout", "500m")
         .body(())
         .unwrap();
     http2 = http2.ready().await.unwrap();

@@ -24,7 +24,7 @@ use durward::{
         method::PerMethod,
         pattern::Pattern,
         policy::{Layers, Methods, Override, Overrides, Share},
-        refusal::{ChargedAs, Reason, Rest, Stage},
+        refusal::{ChargedAs, Reason, Remainder, Stage},
         report::{BucketName, Event, Heavy, LISTED, QUIET, Standing, foremost},
         room::Short,
         rule::{Costs, Limit, Origin, Rule},
@@ -224,13 +224,13 @@ fn a_refusal_says_what_was_short_and_whose() {
             shed: false,
             status,
             origin,
-            rest: Rest::Nothing,
+            rest: Remainder::Nothing,
             spiffe_id: (stage == S::Identity).then(|| SpiffeId::parse("spiffe://example.org/web").unwrap()),
         };
         let text = format!("rate limit exceeded for /SpiffeWorkloadAPI/FetchJWTSVID: {want}");
         assert_eq!(refusal.to_string(), text);
         if charged_as == K::SpiffeId && reason == R::Rate {
-            let kept = Refusal { rest: Rest::KeptForOthers, ..refusal };
+            let kept = Refusal { rest: Remainder::KeptForOthers, ..refusal };
             assert_eq!(kept.to_string(), format!("{text}, but those kept for callers that took less"));
         }
     }
@@ -541,7 +541,7 @@ async fn what_callers_share_is_shared_fairly() {
         assert_eq!(polite, 300, "{case}: whoever asks for less than its share is served");
         assert!(loud >= 100 + 40 * 30 - 300, "{case}: the others have what it leaves: {loud}");
         let refusal = call(&limits, 1, JWT, &web).unwrap_err();
-        assert_eq!((refusal.stage, refusal.rest), (stage, Rest::KeptForOthers), "{case}");
+        assert_eq!((refusal.stage, refusal.rest), (stage, Remainder::KeptForOthers), "{case}");
 
         // Who takes, and who goes without: in the log, and for who asks.
         let told = limits.events().into_iter().find_map(|event| match event {
@@ -591,7 +591,7 @@ async fn whoever_takes_less_than_its_part_of_a_bucket_that_is_drained_is_served(
         let (limits, web) = (limits(&settings), entries(&["web"]));
         assert_eq!(passes(&limits, 1, JWT, &web), 60, "{case}");
         let refusal = call(&limits, 1, JWT, &web).unwrap_err();
-        assert_eq!(refusal.rest, Rest::Nothing, "{case}: {refusal}");
+        assert_eq!(refusal.rest, Remainder::Nothing, "{case}: {refusal}");
         let began = Instant::now();
         let part = Duration::from_secs(4).mul_f64(1.0 / 0.9);
         let mut due = vec![(2, began), (2, began), (3, began), (3, began), (4, began + part)];
