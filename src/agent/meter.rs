@@ -146,7 +146,11 @@ impl MeteredCgroup {
         // Of what was closed before, the kernel may keep something yet.
         let accepted = self.connections.accepted();
         if grace_period().is_err() {
-            thread::sleep(BY_TIME);
+            let until = Instant::now() + BY_TIME;
+            // Whoever calls first wakes it.
+            while Instant::now() < until {
+                thread::park_timeout(until.saturating_duration_since(Instant::now()));
+            }
         }
         let parts = self.cgroup.parts()?;
         let came = self.connections.accepted().saturating_sub(accepted);

@@ -86,11 +86,9 @@ pub(super) fn is_dry_run(bucket: &pb::Bucket) -> bool {
 }
 
 /// What the marks of [`tokens`] mean that these have: a line each.
-pub(super) fn marks<'a>(buckets: impl Iterator<Item = &'a pb::Bucket> + Clone) -> String {
-    let shown = [
-        (BY_DEFAULT, buckets.clone().any(|bucket| bucket.by_default)),
-        (DRY_RUN, buckets.clone().any(is_dry_run)),
-    ];
+pub(super) fn marks<'a>(mut buckets: impl Iterator<Item = &'a pb::Bucket> + Clone) -> String {
+    let shown =
+        [(BY_DEFAULT, buckets.clone().any(|bucket| bucket.by_default)), (DRY_RUN, buckets.any(is_dry_run))];
     shown.into_iter().filter(|(_, any)| *any).map(|(text, _)| format!("{text}\n")).collect()
 }
 

@@ -594,7 +594,7 @@ async fn whoever_takes_less_than_its_part_of_a_bucket_that_is_drained_is_served(
         assert_eq!(refusal.rest, Remainder::Nothing, "{case}: {refusal}");
         let began = Instant::now();
         let part = Duration::from_secs(4).mul_f64(1.0 / 0.9);
-        let mut due = vec![(2, began), (2, began), (3, began), (3, began), (4, began + part)];
+        let mut due = [(2, began), (2, began), (3, began), (3, began), (4, began + part)];
         let (mut polite, mut others) = (Vec::new(), 0);
         while let Some((uid, at)) = due.iter_mut().min_by_key(|(_, at)| *at)
             && at.duration_since(began) < Duration::from_secs(120)
