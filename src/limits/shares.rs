@@ -82,6 +82,11 @@ struct TakerShare {
 }
 
 impl TakerShare {
+    /// Whether it is of one taker alone.
+    fn is_own(&self) -> bool {
+        matches!(self.of, ShareOf::Group(_))
+    }
+
     fn is_active(&self, now: u64, quota: Quota) -> bool {
         let active = quota.refill().clamp(*ACTIVE.start(), *ACTIVE.end());
         self.asked.is_some_and(|asked| now.saturating_sub(asked) < active) || self.own.held > 0
@@ -116,8 +121,9 @@ pub(super) struct Shares {
     /// So many takers may have a share of their own, and so many have.
     most: usize,
     owned: usize,
-    /// So many were active then.
+    /// So many were active then, and so many of those with a share of their own were not.
     active: usize,
+    left: usize,
     counted: u64,
 }
 
@@ -193,7 +199,7 @@ impl Claim {
 
 impl Shares {
     fn of_at_most(most: usize) -> Self {
-        Self { all: Vec::new(), index: HashMap::default(), most, owned: 0, active: 0, counted: 0 }
+        Self { all: Vec::new(), index: HashMap::default(), most, owned: 0, active: 0, left: 0, counted: 0 }
     }
 
     /// One took alone until now, last when `asked` says: what its bucket has spent is of its share, up to all of that.
@@ -212,11 +218,12 @@ impl Shares {
     pub(super) fn claim(&mut self, now: u64, common: Common, cost: u32, taker: Taker) -> Claim {
         let Common { quota, short, .. } = common;
         let is_active = |share: &TakerShare| share.is_active(now, quota);
-        let at = self.place(taker, is_active);
         if self.active == 0 || now.saturating_sub(self.counted) >= COUNTED_FOR {
             self.active = self.all.iter().filter(|share| is_active(share)).count();
+            self.left = self.all.iter().filter(|share| share.is_own() && !is_active(share)).count();
             self.counted = now;
         }
+        let at = self.place(taker, is_active);
         let joins = self.all.get(at).is_some_and(|share| !is_active(share));
         // One that is counted now counts itself: it asks.
         self.active += usize::from(joins);
@@ -225,7 +232,7 @@ impl Shares {
         }
         if let Some(share) = self.all.get_mut(at) {
             share.asked = Some(now);
-            share.taking.caller = matches!(share.of, ShareOf::Group(_)).then_some(taker.caller);
+            share.taking.caller = share.is_own().then_some(taker.caller);
         }
         let takers = self.active;
         let wait = self.all.get_mut(at).and_then(|share| share.wait(now, quota, cost, takers));
@@ -300,8 +307,7 @@ impl Shares {
 
     /// Who takes, those first that were refused most; those together that have no share of their own.
     pub(super) fn takings(&self) -> Vec<Taking> {
-        let (own, parties): (Vec<_>, Vec<_>) =
-            self.all.iter().partition(|share| matches!(share.of, ShareOf::Group(_)));
+        let (own, parties): (Vec<_>, Vec<_>) = self.all.iter().partition(|share| share.is_own());
         let mut takings: Vec<Taking> = own.iter().map(|share| share.taking).collect();
         let sum = |a: Taking, b: Taking| Taking {
             caller: None,
@@ -333,13 +339,15 @@ impl Shares {
             asked: None,
             taking: Taking { caller: None, used: 0, refused: 0 },
         };
-        let left = |share: &TakerShare| matches!(share.of, ShareOf::Group(_)) && !is_active(share);
-        if let Some(at) = self.all.iter().position(left) {
+        // Not looked for by each call of the many that have none.
+        let left = |share: &TakerShare| share.is_own() && !is_active(share);
+        let free = if self.left > 0 { self.all.iter().position(left) } else { None };
+        self.left = if free.is_some() { self.left - 1 } else { 0 };
+        if let Some(at) = free {
             if let Some(share) = self.all.get_mut(at) {
                 self.index.remove(&share.of);
                 *share = fresh(group);
             }
-            self.active = 0;
             self.index.insert(group, at);
             return at;
         }
@@ -348,7 +356,6 @@ impl Shares {
         if let Some(at) = self.find(of) {
             return at;
         }
-        self.active = 0;
         self.owned += usize::from(own);
         self.index.insert(of, self.all.len());
         self.all.push(fresh(of));
