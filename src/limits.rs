@@ -75,6 +75,7 @@ mod ledger;
 mod lent_memory;
 mod lent_places;
 pub mod method;
+pub mod names;
 pub mod out_of_room;
 pub mod pace;
 mod parents;

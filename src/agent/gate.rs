@@ -54,12 +54,20 @@ impl From<ConnectionPermit> for PlaceAtGate {
 
 impl AuditedGate {
     fn refused(&self, arrival: &Arrival, why: ConnectionRefusal) {
+        let Credentials { uid, pid, .. } = arrival.credentials();
+        if arrival.is_shown() {
+            self.gate.was_shown_in_vain(CallerKey::Uid(uid.as_raw()), pid.as_raw().unsigned_abs());
+        }
         self.audit.not_let_in(AuditedProcess::arrived(arrival), why);
     }
 }
 
 impl AcceptGate for AuditedGate {
     type Permit = PlaceAtGate;
+
+    fn may_ask_after_process(&self, user: CallerKey) -> bool {
+        self.gate.may_show_processes(user)
+    }
 
     fn admit_connection(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
         let opened = self.gate.open(arrival.caller());
@@ -75,7 +83,8 @@ impl AcceptGate for AuditedGate {
     }
 
     fn begins(&self, place: &mut PlaceAtGate, arrival: &Arrival, socket: BorrowedFd<'_>) {
-        let Credentials { uid, gid, .. } = arrival.credentials();
+        let Credentials { uid, gid, pid } = arrival.credentials();
+        self.gate.shows(&place.permit, pid.as_raw().unsigned_abs());
         let groups = || {
             let mut groups = peer_groups(&socket)?;
             groups.push(gid.as_raw());

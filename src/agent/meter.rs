@@ -3,10 +3,9 @@
 //! The kernel adds up what is in a cgroup's memory when it is asked, which may take a while, so a thread of its own asks;
 //! who needs the figures takes the last ones. Processor time is looked at where nothing waits for anybody.
 //!
-//! What can be dropped does not count as used: pages of files, and what the kernel keeps of the names it has looked up. Those
-//! of a caller's process in `/proc` are charged to the agent as long as that process lives, 1.7 KiB of each that ever called,
-//! so that they would fill a small budget. The kernel does not say how much that is: it is what is left of its part when
-//! all else that it may keep for this process is reckoned as its most.
+//! What can be dropped does not count as used: pages of files. What the kernel keeps of the names of callers' processes it may
+//! not be able to drop, so that callers [hold](crate::limits::names) it. It does not say how much that is: it is what is left of its
+//! part when all else that it may keep for this process is reckoned as its most.
 
 use std::{
     io,
@@ -102,8 +101,6 @@ struct MeteredCgroup {
     alone: AtomicBool,
     files: AtomicU64,
     kernel: AtomicU64,
-    /// Of the kernel's part, what it can drop.
-    names: AtomicU64,
     thread: OnceLock<Thread>,
 }
 
@@ -111,13 +108,13 @@ struct MeteredCgroup {
 #[derive(Clone, Copy, Debug)]
 struct KernelUse {
     files: u64,
-    /// Bytes that are held for callers, unread answers in the kernel among them.
+    /// Bytes that connections hold, unread answers in the kernel among them.
     held: u64,
 }
 
 impl KernelUse {
-    /// What of the kernel's part is neither for these nor the process's own: names that it has looked up, which it drops before
-    /// it kills anybody. No more than there is of them, whatever callers do.
+    /// What of the kernel's part is neither for these nor the process's own: names that it has looked up. No more than there is of
+    /// them, whatever callers do.
     fn names(self, parts: ChargedParts) -> u64 {
         let of_files = self.files.saturating_mul(FILE);
         match parts.reclaimable {
@@ -133,13 +130,19 @@ impl MeteredCgroup {
         let parts = self.cgroup.parts()?;
         self.files.store(parts.droppable, Relaxed);
         self.kernel.store(parts.kernel, Relaxed);
-        self.names.store(self.names(parts).unwrap_or(0), Relaxed);
+        self.gate.names_are(self.names(parts).unwrap_or(0));
         Some(())
     }
 
-    /// What of the kernel's part are names that nobody needs.
+    /// What connections hold.
+    fn held(&self) -> u64 {
+        let memory = self.gate.memory();
+        memory.held.saturating_sub(memory.names)
+    }
+
+    /// What of the kernel's part are names.
     fn names(&self, parts: ChargedParts) -> Option<u64> {
-        let use_now = KernelUse { files: open_files()?, held: self.gate.memory().held };
+        let use_now = KernelUse { files: open_files()?, held: self.held() };
         if use_now.names(parts) < WORTH_A_WAIT {
             return Some(0);
         }
@@ -155,7 +158,7 @@ impl MeteredCgroup {
         let parts = self.cgroup.parts()?;
         let came = self.connections.accepted().saturating_sub(accepted);
         let files = use_now.files.saturating_add(came.saturating_mul(FILES_OF_CONNECTION));
-        let held = use_now.held.max(self.gate.memory().held);
+        let held = use_now.held.max(self.held());
         Some(KernelUse { files, held }.names(parts))
     }
 }
@@ -175,7 +178,6 @@ impl MemoryMeter {
                 alone: AtomicBool::new(false),
                 files: AtomicU64::new(0),
                 kernel: AtomicU64::new(0),
-                names: AtomicU64::new(0),
                 thread: OnceLock::new(),
             })
         });
@@ -221,10 +223,8 @@ impl MemoryMeter {
     /// What is charged to the cgroup by now, if it is the agent's alone.
     pub(super) fn charged(&self) -> Option<ChargedMemory> {
         let metered = self.metered.as_ref().filter(|metered| metered.alone.load(Relaxed))?;
-        let [files, kernel, names] =
-            [&metered.files, &metered.kernel, &metered.names].map(|known| known.load(Relaxed));
-        let used = metered.cgroup.charged()?.saturating_sub(files).saturating_sub(names);
-        Some(ChargedMemory { used, kernel: kernel.saturating_sub(names) })
+        let [files, kernel] = [&metered.files, &metered.kernel].map(|known| known.load(Relaxed));
+        Some(ChargedMemory { used: metered.cgroup.charged()?.saturating_sub(files), kernel })
     }
 }
 

@@ -295,7 +295,7 @@ impl AdminParts {
     }
 
     fn memory(&self) -> pb::Memory {
-        let MemoryStanding { budget, held, used, pressure: now } = self.gate.memory();
+        let MemoryStanding { budget, held, used, pressure: now, .. } = self.gate.memory();
         let (cgroup, kernel) = (self.charged)().unzip();
         let pressure = pressure(now).to_owned();
         pb::Memory { pressure, budget, resident: heap::resident(), used, held, cgroup, kernel }

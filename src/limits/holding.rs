@@ -236,6 +236,7 @@ pub(super) struct GroupHeld {
     /// Large answers in the making.
     making: AtomicU32,
     pub(super) waste: Waste,
+    pub(super) names: HeldNames,
 }
 
 impl GroupHeld {
@@ -246,6 +247,49 @@ impl GroupHeld {
 
     pub(super) fn bytes(&self) -> u64 {
         self.held.bytes()
+    }
+
+    /// Of the names that the kernel keeps, so many bytes are held by these callers, of all that `node` sums up.
+    pub(super) fn set_names(&self, bytes: u64, node: &NodeHeld) {
+        let before = self.names.bytes.swap(bytes, Relaxed);
+        let (more, less) = (bytes.saturating_sub(before), before.saturating_sub(bytes));
+        self.held.add(more);
+        node.grew(node.held.add(more));
+        self.held.take(less);
+        node.fell(node.held.take(less));
+    }
+}
+
+/// What the kernel keeps of the [names](super::names) of a family's processes.
+#[derive(Debug, Default)]
+pub(super) struct HeldNames {
+    bytes: AtomicU64,
+    /// The process that connected last, and how many others did since this was last asked.
+    last: AtomicU32,
+    shown: AtomicU32,
+}
+
+impl HeldNames {
+    /// Bytes that are held for it.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Relaxed)
+    }
+
+    /// A process of this number has connected.
+    pub(super) fn shows(&self, pid: u32) {
+        if self.last.swap(pid, Relaxed) != pid {
+            self.shown.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// How many have connected since they were last forgotten.
+    pub(super) fn shown(&self) -> u32 {
+        self.shown.load(Relaxed)
+    }
+
+    /// Forgets so many.
+    pub(super) fn forget(&self, shown: u32) {
+        self.shown.fetch_sub(shown, Relaxed);
     }
 }
 
@@ -349,6 +393,13 @@ impl Holding {
             }
         }
         fits
+    }
+
+    /// It is of the process with this number.
+    pub(super) fn shows(&self, pid: u32) {
+        if let Some(HeldSums { group, .. }) = &self.sums {
+            group.names.shows(pid);
+        }
     }
 
     /// Whether [`Self::try_begin`] would count so much now.

@@ -267,7 +267,7 @@ async fn a_budget_that_nobody_set_is_a_part_of_the_machines_memory() {
         assert!(began.elapsed() < PATIENCE, "{}", place.log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let output = fetch_as_neighbour(&place);
+    let output = fetch_as(&place, NEIGHBOUR);
     assert!(output.status.success(), "{}", text(&output));
     assert!(!agent.has_ended(), "{}", place.log());
 }
@@ -322,11 +322,11 @@ async fn what_does_not_fit_a_part_of_the_machine_is_said() {
     assert!(status.contains("Wrong:        nothing"), "{status}");
 }
 
-/// A token for the neighbour, fetched as it.
-fn fetch_as_neighbour(place: &Place) -> Output {
+/// A token, fetched as this user.
+fn fetch_as(place: &Place, uid: u32) -> Output {
     let mut command = Command::new(PROGRAM);
     command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
-    command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR).output().unwrap()
+    command.arg(place.dir().join("api.sock")).current_dir("/").uid(uid).gid(uid).output().unwrap()
 }
 
 /// Processes that live on, which end with this.
@@ -350,17 +350,26 @@ impl Drop for Sleepers {
     }
 }
 
-/// What the kernel keeps of names that were looked up, those of living processes among them, it drops when it needs memory: it is
-/// charged to the agent, and takes nobody's place.
+/// What the kernel keeps of the names of processes is charged to the agent, and held by those whose processes came meanwhile: who holds
+/// more than its share of it gets no further connection, and takes nobody's place.
 #[tokio::test(flavor = "multi_thread")]
-async fn names_that_the_kernel_keeps_are_not_used() {
+async fn names_that_the_kernel_keeps_are_held_by_those_whose_processes_came() {
     const NAMES: u64 = 14 << 20;
+    const HOLDER: u32 = 700_099;
+    if !geteuid().is_root() {
+        println!("only root can be others");
+        return;
+    }
     let Some(cgroup) = Confined::make("names") else { return };
     let place = Place::with("");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
-    let _client = agent.serving(place.dir()).await;
+    drop(agent.serving(place.dir()).await);
     let (before, mut sleepers) = (cgroup.kernel(), Sleepers(Vec::new()));
-    while cgroup.kernel() < before + NAMES {
+    let mut refused = None;
+    while cgroup.kernel() < before + NAMES && refused.is_none() {
+        // It has no entry, and is told so while it is let in.
+        let told = text(&fetch_as(&place, HOLDER));
+        refused = told.contains("memory").then_some(told);
         let looked_up = sleepers.add(20);
         assert!(sleepers.0.len() < 2000, "{before} bytes, and now {}", cgroup.kernel());
         let [program, rest @ ..] = cgroup.enter();
@@ -372,15 +381,24 @@ async fn names_that_the_kernel_keeps_are_not_used() {
     let filled = std::time::Instant::now();
     // Memory is looked at every quarter of a second, or every second while nobody calls.
     while filled.elapsed() < Duration::from_secs(2) {
-        let output = fetch_as_neighbour(&place);
-        assert!(output.status.success(), "{}", text(&output));
+        let output = fetch_as(&place, NEIGHBOUR);
+        assert!(output.status.success(), "{}\n{}", text(&output), place.ask(&["limits"]));
+        let told = text(&fetch_as(&place, HOLDER));
+        refused = refused.or_else(|| told.contains("memory").then_some(told));
     }
     let limits = place.ask(&["limits"]);
-    assert!(limits.contains("pressure: none"), "{limits}");
-    if cgroup.kernel() < before + NAMES / 2 {
-        println!("the kernel dropped them by itself: that they do not count was not seen");
+    let is_held = |line: &str| line.starts_with(&format!("uid:{HOLDER} ")) && line.contains("KiB");
+    assert!(limits.lines().any(is_held), "{limits}");
+    if cgroup.kernel() < before + NAMES / 2 && refused.is_none() {
+        println!("the kernel dropped them by itself: that their holder is refused was not seen");
+    } else {
+        let told = refused.expect("it is refused");
+        assert!(told.contains("its share of memory"), "{told}");
     }
     assert!(!agent.has_ended(), "{}", place.log());
+    // What nobody holds any more is nobody's.
+    drop(sleepers);
+    let _within = place.told(&["limits"], "pressure: none");
 }
 
 /// Of a reserve that is larger than memory has room for less counts, and whoever looks hears how much.
@@ -499,7 +517,7 @@ async fn for_each_refused_connection_there_is_an_answer() {
         // Some of those that were refused had left before they were looked at.
         assert!(refused.is_some_and(|refused| refused >= 20), "{case}: {limits}");
         if uid.is_root() && case != "blocked" {
-            let output = fetch_as_neighbour(&place);
+            let output = fetch_as(&place, NEIGHBOUR);
             assert!(output.status.success(), "{case}: {}", text(&output));
         }
     }
