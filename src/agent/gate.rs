@@ -282,14 +282,13 @@ impl Means {
         Ok(Fitted { budget, limits, gate })
     }
 
-    /// What is set that the budget can never give, each with its place. That it is beyond a budget that nobody chose is
-    /// [said](LimitsInForce::wrong), and no error: what fits counts.
+    /// What is set that the limit of the cgroup can never give, each with its place. Beyond a budget that is set nothing is read;
+    /// that it is beyond one that nobody chose is [said](LimitsInForce::wrong), and no error: what fits counts.
     fn beyond(self, config: &Config, budget: MemoryBudget) -> Option<ConfigErrors> {
-        let whose = match budget.from {
-            BudgetFrom::Set => "memory.limit",
-            BudgetFrom::Cgroup => "the memory limit of the cgroup",
-            BudgetFrom::Machine => return None,
-        };
+        if budget.from != BudgetFrom::Cgroup {
+            return None;
+        }
+        let whose = "the memory limit of the cgroup";
         let beyond = config.ratelimit.beyond(budget.bytes, whose, set_at(config));
         let errors = beyond.into_iter().filter_map(|BeyondBudget { key, value, why }| {
             let KeyPlace { file, line, column } = config.set_at.of_key(key)?.clone();
