@@ -100,7 +100,7 @@ impl AcceptGate for AuditedGate {
 
     fn answer(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<HeaderMap> {
         let wait = self.gate.wait(caller, why);
-        status::refused_connection(why, wait, self.gate.rejection_status())
+        status::refused_connection(why, wait, self.gate.rejection_status(), self.gate.places())
     }
 
     fn answer_unidentified(&self) -> Option<HeaderMap> {

@@ -225,11 +225,14 @@ impl Watch {
     /// Says who was refused for want of room.
     fn tell_of_refusal(&self, refused: &OutOfRoom) {
         let OutOfRoom { caller, head, refusal, held, share } = *refused;
-        if self.complaints.note(head, refusal.text(), Instant::now()).is_none() {
+        let short_of = match refusal {
+            ConnectionRefusal::Descriptors => self.gate.places(),
+            refusal => refusal.text(),
+        };
+        if self.complaints.note(head, short_of, Instant::now()).is_none() {
             return;
         }
         let caller = self.gate.holder(caller);
-        let short_of = refusal.text();
         let limit = match refusal {
             ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => "memory limit",
             ConnectionRefusal::Processor => {

@@ -15,7 +15,7 @@ use nix::unistd::geteuid;
 use crate::{
     frames::{PREFACE, SETTINGS, call_frames, frame, message},
     hostile::{NEIGHBOUR, PATIENCE},
-    support::{Process, TRUST_DOMAIN, entry, request, write_config},
+    support::{Process, TRUST_DOMAIN, entry, refusable_client, request, write_config},
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
@@ -114,6 +114,21 @@ impl Place {
 
     fn ask(&self, words: &[&str]) -> String {
         text(&Command::new(PROGRAM).args(words).arg("--socket-path").arg(self.admin()).output().unwrap())
+    }
+
+    /// Connects and calls until the answer is this one.
+    async fn hears(&self, want: &str) {
+        let began = std::time::Instant::now();
+        loop {
+            let asked = JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() };
+            let mut client = refusable_client(&self.dir().join("api.sock"));
+            let heard = client.fetch_jwtsvid(request(asked)).await.map(drop);
+            if heard.as_ref().is_err_and(|status| status.message() == want) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{want}: {heard:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// What is said once it holds this.
@@ -537,5 +552,7 @@ async fn few_descriptors_are_said() {
     let _told = place.told(&["limits"], "Room:        short of descriptors");
     let told = place.told(&["explain", "--pid", &std::process::id().to_string()], "short of descriptors");
     assert!(told.contains(" holds most: "), "{told}");
+    place.hears("the agent is short of descriptors, and this caller has its share of them").await;
+    assert!(place.log().contains("short_of=descriptors"), "{}", place.log());
     drop(streams);
 }
