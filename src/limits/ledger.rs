@@ -407,7 +407,7 @@ impl Ledger {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
                 let what = WhatIsRefused { stage, name, method: Some(method), reason, origin };
-                self.refusing().note(self.now(), what);
+                self.refusing().note(self.now(), what, &plan.families);
             }
         }
         Err(refusal)
