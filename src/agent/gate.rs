@@ -161,7 +161,7 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
 ///
 /// # Errors
 /// [`RoomError`].
-pub fn room_for(config: &Config) -> Result<Vec<String>, RoomError> {
+pub fn room_for(config: &Config) -> Result<Vec<BeyondBudget>, RoomError> {
     let means = Means::of_this_process(http_listeners(config));
     means.fit(config).map(|_| means.in_force(config).wrong)
 }
@@ -260,7 +260,8 @@ impl Means {
         // A cache gives way when memory is short, and whoever comes from spire-agent may have set one of any size.
         let of_caches = config.caches.beyond(bytes, whose, set_at(config)).into_iter();
         in_force.wrong.extend(of_caches.map(|BeyondBudget { key, value, why }| {
-            format!("{key} {value}: {why} (until then it is emptied whenever memory is short)")
+            let why = format!("{why} (until then it is emptied whenever memory is short)");
+            BeyondBudget { key, value, why }
         }));
         in_force
     }

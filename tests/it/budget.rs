@@ -222,9 +222,9 @@ async fn a_limit_above_the_cgroups_does_not_count() {
     let place = Place::with("memory { limit = \"64MiB\" }");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     let _client = agent.serving(place.dir()).await;
-    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit is 67108864 bytes, above the");
+    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit 67108864: is above the");
     assert!(status.contains("used of 24.0 MiB (the memory limit of its cgroup)"), "{status}");
-    assert!(place.log().contains("ratelimit.memory.limit is 67108864 bytes"), "{}", place.log());
+    assert!(place.log().contains("ratelimit.memory.limit 67108864: is above"), "{}", place.log());
     place.set("memory { limit = \"16MiB\" }");
     let _reloaded = place.ask(&["reload"]);
     let status = place.told(&["status"], "used of 16.0 MiB (ratelimit.memory.limit)");
@@ -403,15 +403,17 @@ async fn names_that_the_kernel_keeps_are_not_used() {
 async fn how_much_of_a_reserve_counts_is_said() {
     let Some(cgroup) = Confined::make("reserve") else { return };
     let place = Place::with("gate { reserve = 500 }");
-    let want =
-        "ratelimit.gate.reserve is 500, and an eighth of the memory budget has room for 76, which count";
+    let want = "ratelimit.gate.reserve 500: an eighth of the memory budget has room for 76, which count";
     let checked = cgroup.durward(&["validate"], place.dir());
     let said = text(&checked).split_whitespace().collect::<Vec<_>>().join(" ");
+    let at = said.split(want).next().unwrap().rsplit("Warning: ").next().unwrap();
+    let file = place.dir().join("agent.conf");
     assert!(checked.status.success() && said.contains(want), "{said}");
+    assert!(at.starts_with(&format!("{}:", file.display())), "it has its place: {said}");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     let _client = agent.serving(place.dir()).await;
     assert!(place.log().contains(want), "{}", place.log());
-    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve is 500");
+    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve 500:");
     assert!(!status.contains("Wrong:        nothing"), "{status}");
     place.set("gate { reserve = 76 }");
     let _reloaded = place.ask(&["reload"]);
