@@ -423,8 +423,8 @@ impl Attestor {
     }
 
     /// Finds out who a process is. Its user and its group are those that connected, which is asked last of all; its
-    /// supplementary groups are read where an entry asks for some, and of few it is believed for a moment that they are those
-    /// that it connected with.
+    /// supplementary groups are read where an entry asks for some or people do, and of few it is believed for a moment that they
+    /// are those that it connected with.
     async fn see<'a>(
         &self,
         process: &'a dyn Attestable,
@@ -440,7 +440,7 @@ impl Attestor {
         let groups = match process.extent() {
             Extent::Asked if !questions.unix.ask_for_groups() => Some(Vec::new()),
             Extent::Asked => groups_at_first(process, now).map(|(groups, _)| groups.to_vec()),
-            Extent::All => None,
+            Extent::All => process.groups_read().map(<[u32]>::to_vec),
         };
         if let Some(groups) = groups {
             return Ok(Seen::as_connected(process, family, dir, groups));

@@ -92,6 +92,7 @@ pub mod schedule;
 pub mod settings;
 pub mod shares;
 mod shortage;
+mod since_start;
 mod slots;
 mod spare;
 mod standings;

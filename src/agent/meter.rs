@@ -29,7 +29,7 @@ use crate::{
     os::{
         cgroup::{ChargedParts, OwnCgroup},
         clock::{processor_time, sleep_to_beat},
-        membarrier::grace_period,
+        membarrier::{KEPT_OF_FILE, grace_period},
         open_files::open_files,
         run_delay::RunDelay,
     },
@@ -47,9 +47,6 @@ const OFTEN: Duration = Duration::from_millis(50);
 const A_LITTLE: u32 = 20;
 /// How the names of the threads that serve callers begin: the runtime's own word.
 const SERVING: &str = "tokio-rt";
-/// What the kernel keeps of each open file at most, a socket's inode and name with it, in bytes; and of each that was closed, until a
-/// grace period of RCU has passed. Measured: 1,257 of a socket, and less of a pidfd.
-const FILE: u64 = 1536;
 /// Of a connection there are two files: its socket and its process's.
 const FILES_OF_CONNECTION: u64 = 2;
 /// What the kernel keeps of this process without callers at most, in bytes: its threads' stacks, its page tables, its own files.
@@ -57,8 +54,6 @@ const FILES_OF_CONNECTION: u64 = 2;
 const OF_PROCESS: u64 = 2 << 20;
 /// Fewer bytes of names are not worth a wait for a grace period.
 const WORTH_A_WAIT: u64 = 256 * 1024;
-/// A grace period by time, where the kernel does not tell.
-const BY_TIME: Duration = Duration::from_millis(100);
 /// What the thread may need of a stack, in bytes.
 const STACK: usize = 64 * 1024;
 
@@ -116,7 +111,7 @@ impl KernelUse {
     /// What of the kernel's part is neither for these nor the process's own: names that it has looked up. No more than there is of
     /// them, whatever callers do.
     fn names(self, parts: ChargedParts) -> u64 {
-        let of_files = self.files.saturating_mul(FILE);
+        let of_files = self.files.saturating_mul(KEPT_OF_FILE);
         match parts.reclaimable {
             Some(slabs) => slabs.min(parts.kernel).saturating_sub(of_files),
             None => [of_files, self.held, OF_PROCESS].into_iter().fold(parts.kernel, u64::saturating_sub),
@@ -148,13 +143,7 @@ impl MeteredCgroup {
         }
         // Of what was closed before, the kernel may keep something yet.
         let accepted = self.connections.accepted();
-        if grace_period().is_err() {
-            let until = Instant::now() + BY_TIME;
-            // Whoever calls first wakes it.
-            while Instant::now() < until {
-                thread::park_timeout(until.saturating_duration_since(Instant::now()));
-            }
-        }
+        grace_period();
         let parts = self.cgroup.parts()?;
         let came = self.connections.accepted().saturating_sub(accepted);
         let files = use_now.files.saturating_add(came.saturating_mul(FILES_OF_CONNECTION));

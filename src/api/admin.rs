@@ -329,7 +329,7 @@ impl AdminParts {
     }
 
     async fn explained(&self, pid: i32) -> Result<pb::ExplainResponse, InspectError> {
-        let process = self.attestor.inspect(pid)?;
+        let process = self.attestor.inspect(pid).await?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
         let process = process.within(source.place());

@@ -62,6 +62,10 @@ pub(super) trait Attestable: Sync {
     fn new_since(&self) -> Option<Instant> {
         None
     }
+    /// Its supplementary groups, where they were read already.
+    fn groups_read(&self) -> Option<&[u32]> {
+        None
+    }
     /// How much is to be found out of it.
     fn extent(&self) -> Extent {
         Extent::Asked

@@ -502,9 +502,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::since_start::SinceStart;
 
     fn accounts() -> Accounts {
-        Accounts::new(Arc::new(NodeHeld::new(Arc::default())))
+        Accounts::new(Arc::new(NodeHeld::new(Arc::default(), SinceStart::default())))
     }
 
     #[test]

@@ -168,7 +168,7 @@ struct LetIn {
 impl Gate {
     /// A gate that decides with `plan`. It counts and tells through `limits`.
     pub fn new(plan: GatePlan, limits: &Limits) -> Self {
-        let node = Arc::new(NodeHeld::new(Arc::clone(limits.room())));
+        let node = Arc::new(NodeHeld::new(Arc::clone(limits.room()), limits.ledger().time));
         let state = GateState {
             rates: Table::new(plan.keys, PARENT_PARTS),
             accounts: Accounts::new(Arc::clone(&node)),

@@ -33,7 +33,8 @@ impl SharedGate {
         self.count(refusal, caller, Decision::Refused);
         if let Some((stage @ Stage::Gate, reason)) = refusal.by_stage() {
             let (name, origin) = (BucketName::Caller(caller), Origin::Set);
-            self.ledger.refusing().note(now, WhatIsRefused { stage, name, method: None, reason, origin });
+            let what = WhatIsRefused { stage, name, method: None, reason, origin };
+            self.ledger.refusing().note(now, what, &self.plan.load().families);
         }
         self.want(refusal);
     }

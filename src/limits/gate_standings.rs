@@ -94,13 +94,17 @@ impl Gate {
         SharesNow { bytes: of(&state.bytes), connections: of(&state.connections) }
     }
 
-    /// What there is too little of for further connections, if they are short, or gone but for those that are kept for callers
-    /// without one: connections, where somebody set their number, or descriptors.
+    /// What there is a number of for connections: connections, where somebody set it, or descriptors.
+    pub fn places(&self) -> &'static str {
+        self.shared.plan.load().places_text()
+    }
+
+    /// The same, if they are short, or gone but for those that are kept for callers without one.
     pub fn lacks_places(&self) -> Option<&'static str> {
         let plan = self.shared.plan.load();
         let state = self.shared.state();
         let lacks = state.connections.is_short() || state.total >= plan.for_anybody();
-        lacks.then_some(if plan.most_is_set { "connections" } else { "descriptors" })
+        lacks.then(|| plan.places_text())
     }
 
     /// The callers that were refused and let in most.

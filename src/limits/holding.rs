@@ -12,12 +12,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::sync::Notify;
 
 use super::{
     budget::NEWCOMER,
     caller::NthCall,
     room::{Room, Short},
+    since_start::SinceStart,
     waste::{AllWaste, Waste},
 };
 
@@ -86,12 +87,12 @@ pub(super) struct NodeHeld {
     look: Notify,
     room: Arc<Room>,
     waste: AllWaste,
-    started: Instant,
+    time: SinceStart,
 }
 
 impl NodeHeld {
     /// Nothing, and there is no bound.
-    pub(super) fn new(room: Arc<Room>) -> Self {
+    pub(super) fn new(room: Arc<Room>, time: SinceStart) -> Self {
         Self {
             held: HeldBytes::default(),
             short_from: AtomicU64::new(u64::MAX),
@@ -109,7 +110,7 @@ impl NodeHeld {
             look: Notify::new(),
             room,
             waste: AllWaste::default(),
-            started: Instant::now(),
+            time,
         }
     }
 
@@ -121,9 +122,9 @@ impl NodeHeld {
         &self.room
     }
 
-    /// Nanoseconds since this was made.
+    /// Nanoseconds since the limits were made.
     pub(super) fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+        self.time.now()
     }
 
     /// Sets from where on memory is short, and below what there is room again.
@@ -621,7 +622,7 @@ mod tests {
 
     #[tokio::test]
     async fn sums_follow_and_a_notice_is_surpassed_only() {
-        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
         let (caller, group) = (Arc::<HeldBytes>::default(), Arc::<GroupHeld>::default());
         let sums =
             HeldSums { caller: Arc::clone(&caller), group: Arc::clone(&group), node: Arc::clone(&node) };
@@ -641,7 +642,7 @@ mod tests {
     /// memory.
     #[test]
     fn each_family_may_make_one_large_answer_where_memory_is_about_to_run_out() {
-        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
         let of_family = || {
             let (caller, group) = (Arc::default(), Arc::default());
             Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
@@ -666,7 +667,7 @@ mod tests {
     /// Who holds next to nothing has a connection and a call, where all others hold all that they may.
     #[test]
     fn what_is_set_aside_is_for_those_who_begin() {
-        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
         let of_family = || {
             let (caller, group) = (Arc::default(), Arc::default());
             Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) })
@@ -686,7 +687,7 @@ mod tests {
     #[tokio::test]
     async fn memory_is_short_as_soon_as_the_sums_say_so() {
         let room = Arc::<Room>::default();
-        let node = Arc::new(NodeHeld::new(Arc::clone(&room)));
+        let node = Arc::new(NodeHeld::new(Arc::clone(&room), SinceStart::default()));
         let group = Arc::<GroupHeld>::default();
         let sums = HeldSums { caller: Arc::default(), group: Arc::clone(&group), node: Arc::clone(&node) };
         let holding = Holding::in_sums(sums);

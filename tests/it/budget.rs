@@ -15,7 +15,7 @@ use nix::unistd::geteuid;
 use crate::{
     frames::{PREFACE, SETTINGS, call_frames, frame, message},
     hostile::{NEIGHBOUR, PATIENCE},
-    support::{Process, TRUST_DOMAIN, entry, request, write_config},
+    support::{Process, TRUST_DOMAIN, entry, refusable_client, request, write_config},
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
@@ -116,6 +116,21 @@ impl Place {
         text(&Command::new(PROGRAM).args(words).arg("--socket-path").arg(self.admin()).output().unwrap())
     }
 
+    /// Connects and calls until the answer is this one.
+    async fn hears(&self, want: &str) {
+        let began = std::time::Instant::now();
+        loop {
+            let asked = JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() };
+            let mut client = refusable_client(&self.dir().join("api.sock"));
+            let heard = client.fetch_jwtsvid(request(asked)).await.map(drop);
+            if heard.as_ref().is_err_and(|status| status.message() == want) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{want}: {heard:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// What is said once it holds this.
     fn told(&self, words: &[&str], want: &str) -> String {
         let began = std::time::Instant::now();
@@ -207,9 +222,9 @@ async fn a_limit_above_the_cgroups_does_not_count() {
     let place = Place::with("memory { limit = \"64MiB\" }");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     let _client = agent.serving(place.dir()).await;
-    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit is 67108864 bytes, above the");
+    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit 67108864: is above the");
     assert!(status.contains("used of 24.0 MiB (the memory limit of its cgroup)"), "{status}");
-    assert!(place.log().contains("ratelimit.memory.limit is 67108864 bytes"), "{}", place.log());
+    assert!(place.log().contains("ratelimit.memory.limit 67108864: is above"), "{}", place.log());
     place.set("memory { limit = \"16MiB\" }");
     let _reloaded = place.ask(&["reload"]);
     let status = place.told(&["status"], "used of 16.0 MiB (ratelimit.memory.limit)");
@@ -406,15 +421,17 @@ async fn names_that_the_kernel_keeps_are_held_by_those_whose_processes_came() {
 async fn how_much_of_a_reserve_counts_is_said() {
     let Some(cgroup) = Confined::make("reserve") else { return };
     let place = Place::with("gate { reserve = 500 }");
-    let want =
-        "ratelimit.gate.reserve is 500, and an eighth of the memory budget has room for 76, which count";
+    let want = "ratelimit.gate.reserve 500: an eighth of the memory budget has room for 76, which count";
     let checked = cgroup.durward(&["validate"], place.dir());
     let said = text(&checked).split_whitespace().collect::<Vec<_>>().join(" ");
+    let at = said.split(want).next().unwrap().rsplit("Warning: ").next().unwrap();
+    let file = place.dir().join("agent.conf");
     assert!(checked.status.success() && said.contains(want), "{said}");
+    assert!(at.starts_with(&format!("{}:", file.display())), "it has its place: {said}");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     let _client = agent.serving(place.dir()).await;
     assert!(place.log().contains(want), "{}", place.log());
-    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve is 500");
+    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve 500:");
     assert!(!status.contains("Wrong:        nothing"), "{status}");
     place.set("gate { reserve = 76 }");
     let _reloaded = place.ask(&["reload"]);
@@ -555,5 +572,7 @@ async fn few_descriptors_are_said() {
     let _told = place.told(&["limits"], "Room:        short of descriptors");
     let told = place.told(&["explain", "--pid", &std::process::id().to_string()], "short of descriptors");
     assert!(told.contains(" holds most: "), "{told}");
+    place.hears("the agent is short of descriptors, and this caller has its share of them").await;
+    assert!(place.log().contains("short_of=descriptors"), "{}", place.log());
     drop(streams);
 }
