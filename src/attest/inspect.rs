@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     AttestError, Attestor, AttestorError, AttestorSaid, Questions, Subject, doubted,
-    process::{Attestable, Extent, ProcDir},
+    process::{Attestable, Extent, ProcDir, dir_of},
 };
 use crate::{
     limits::CallerKey,
@@ -160,7 +160,8 @@ impl Attestor {
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
         let failed = |source| InspectError::attest(pid, source);
-        let seen = ProcDir::open(&self.proc_root, pid).and_then(|dir| Ok((dir.status()?, dir.command()?)));
+        let dir = ProcDir::open(dir_of(&self.proc_root, pid));
+        let seen = dir.and_then(|dir| Ok((dir.status()?, dir.command()?)));
         let (status, command) = seen.map_err(|error| failed(error.into()))?;
         let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
         let found = Inspected { pid, pidfd, owner, place: None, command };
