@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     AttestError, Attestor, AttestorError, AttestorSaid, Questions, Subject, doubted,
-    process::{Attestable, Extent, ProcDir},
+    process::{Attestable, Extent, ProcDir, dir_of},
 };
 use crate::{
     limits::CallerKey,
@@ -165,8 +165,8 @@ impl Attestor {
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
         let failed = |source| InspectError::attest(pid, source);
-        let at = self.proc_root.join(pid.to_string());
-        let read = || ProcDir::at(at).and_then(|dir| Ok((dir.status()?, dir.command()?)));
+        let dir = dir_of(&self.proc_root, pid);
+        let read = || ProcDir::open(dir).and_then(|dir| Ok((dir.status()?, dir.command()?)));
         let (status, command) = self.long_reads.read_for_people(read).await.map_err(failed)?;
         let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
         let found = Inspected { pid, pidfd, owner, groups: status.groups, place: None, command };

@@ -40,7 +40,7 @@ enum Farewell {
     /// To end with the last of its requests: one that crosses it is served to its end.
     Said { why: ConnectionEnd, since: Instant },
     /// The same, since the agent ends. What the agent has to do is done as long as the drain lasts; for the peer nobody waits
-    /// longer than a farewell takes, since others cannot connect meanwhile.
+    /// longer than a farewell takes, since others cannot connect meanwhile, nor for what it asks after it was told.
     Drains { since: Instant },
     /// To come back on another. At `cut_at` it is cut, whatever it has then.
     SentAway { why: ConnectionEnd, cut_at: Instant },
@@ -145,7 +145,7 @@ impl Course {
                 _ => Verdict::GoesOn,
             };
         }
-        if enough {
+        if enough && !self.drains() {
             return self.send_away(ConnectionEnd::Wasteful, now);
         }
         if let (Some(since), Some(why)) = (self.farewell.waits_no_more(look), self.why())
@@ -197,6 +197,7 @@ impl Course {
 
     /// The agent drains: it is told to end with the last of its requests.
     pub(super) fn drain(&mut self, now: Instant) -> Verdict {
+        self.turns.end_begins();
         self.farewell = Farewell::Drains { since: now };
         Verdict::SayFarewell
     }
@@ -258,6 +259,16 @@ impl Course {
     }
 }
 
+/// When a connection that was `told` that the agent ends is cut; `None` while the agent has something to do for it.
+fn drained_at(look: Look, told: Instant) -> Option<Instant> {
+    let since = match look {
+        Look::Busy { for_peer, .. } => for_peer?,
+        Look::Idle { since } => since,
+        Look::NoRequestYet | Look::Open => told,
+    };
+    Some(since.max(told) + FAREWELL)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -304,6 +315,53 @@ mod tests {
             let then = if cut { Verdict::Cut(ConnectionEnd::Drained) } else { Verdict::GoesOn };
             assert_eq!(course.look(told + FAREWELL), then, "{case}");
             drop((upload, request));
+        }
+    }
+
+    /// What a client begins that does not listen holds up nothing, and what it began before is done.
+    #[test]
+    fn a_drain_waits_for_nothing_that_begins_later() {
+        #[derive(Clone, Copy)]
+        enum Before {
+            Nothing,
+            Answered,
+            AwaitsPeer,
+            AwaitsAgent,
+        }
+        let start = Instant::now();
+        for (case, before, later, cut) in [
+            ("a new connection's first", Before::Nothing, 1, false),
+            ("and a second", Before::Nothing, 2, false),
+            ("after one that was answered", Before::Answered, 1, true),
+            ("beside one whose rest is missing", Before::AwaitsPeer, 1, true),
+            ("beside one that is being answered", Before::AwaitsAgent, 1, false),
+            ("and others", Before::AwaitsAgent, 2, false),
+        ] {
+            let turns = Arc::new(Turns::default());
+            let mut course = course(&turns, start, start + TICK);
+            let mut request = (!matches!(before, Before::Nothing)).then(|| Turn::begin(&turns));
+            let mut upload =
+                request.as_ref().filter(|_| matches!(before, Before::AwaitsPeer)).map(Turn::upload);
+            assert!(upload.as_mut().is_none_or(|upload| upload.waits(10)), "{case}");
+            if matches!(before, Before::Answered) {
+                request = None;
+            }
+            let told = Instant::now();
+            course.drain(told);
+            let mut others: Vec<Turn> = (0..later).map(|_| Turn::begin(&turns)).collect();
+            let due = told + FAREWELL;
+            assert_eq!(course.next_look(told), due.min(start + READ_AGAIN_AFTER), "{case}");
+            assert_eq!(course.look(due - Duration::from_millis(1)), Verdict::GoesOn, "{case}");
+            let then = if cut { Verdict::Cut(ConnectionEnd::Drained) } else { Verdict::GoesOn };
+            assert_eq!(course.look(due), then, "{case}");
+            if !cut {
+                // That one ends, and the others are still being answered, or begin and end again and again.
+                drop(if request.is_some() { request.take() } else { Some(others.remove(0)) });
+                let ended = Instant::now();
+                others.push(Turn::begin(&turns));
+                assert_eq!(course.look(ended + FAREWELL), Verdict::Cut(ConnectionEnd::Drained), "{case}");
+            }
+            drop((upload, request, others));
         }
     }
 
