@@ -425,7 +425,8 @@ impl Ledger {
         if let Some(lack) = lack {
             let lack = Scarcity { retry_after: self.wait_by(choice.rule, limit, lack.retry_after), ..lack };
             let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
-            let done = self.refuse(&question, lack, || Some(caller_name(caller, &choice)));
+            let name = || Some(caller_name(caller, &choice).charged_as(lack.charged_as));
+            let done = self.refuse(&question, lack, name);
             if attempt.counts(&done) {
                 let shares = choice.shared.map(|_| taker);
                 let key = self.caller_key(plan, caller, method, &choice);
