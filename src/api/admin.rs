@@ -19,6 +19,7 @@ use super::{
         self as pb,
         admin_server::{Admin, AdminServer},
     },
+    reached::Reached,
     services::{answered, ends, grpc_body},
     standing::{AgentStanding, absent, entry_of},
 };
@@ -152,7 +153,7 @@ impl hyper::service::Service<Request<RequestBody>> for AdminService {
     fn call(&self, request: Request<RequestBody>) -> GuardedAnswer {
         let left = TimeLeft::until(ends(&request));
         let answer = if request.uri().path().starts_with("/durward.admin.v1.Admin/") {
-            self.0.clone().call(request.map(|body| grpc_body(body, MAX_REQUEST)))
+            self.0.clone().call(request.map(|body| grpc_body(body, MAX_REQUEST, Reached::default())))
         } else {
             answered(Status::unimplemented("this is the admin socket: it serves durward.admin.v1.Admin"))
         };

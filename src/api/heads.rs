@@ -18,10 +18,11 @@ use http::{HeaderMap, Response};
 use http_body::{Frame, SizeHint};
 use tonic::{Code, Status, body::Body};
 
-use super::{guard::GuardedAnswer, journal::Journal, reached::Reached};
+use super::{guard::GuardedAnswer, journal::Journal, reached::Reached, status::RequestError};
 use crate::{
     limits::{Limits, Method},
-    peer::Peer,
+    peer::{BodyError, Peer, RequestBody},
+    store::audited::AuditedProcess,
 };
 
 /// A request from its head to its end.
@@ -42,10 +43,21 @@ impl CountedHead {
         self.code = Some(Code::from_bytes(status.as_bytes()));
         true
     }
+
+    /// It is refused by this error, as the node is short of memory, whatever its caller has tokens for.
+    pub(super) fn refuse_for_memory(&self, error: &RequestError) {
+        let Some(caller) = &self.caller else { return };
+        self.reached.limits();
+        self.limits.note_out_of_memory(caller.caller(), self.method);
+        self.journal.refused(self.method, Some(AuditedProcess::from(&**caller)), error);
+    }
 }
 
 impl Drop for CountedHead {
     fn drop(&mut self) {
+        if self.reached.has_lacked_memory() {
+            self.refuse_for_memory(&RequestError::NoMemoryToRead);
+        }
         if !self.reached.has_count() {
             self.journal.ended(self.method, self.code.unwrap_or(Code::Cancelled));
         }
@@ -54,6 +66,43 @@ impl Drop for CountedHead {
         {
             self.limits.charge_late(caller.caller());
         }
+    }
+}
+
+/// The body of a request, which says where there is no memory for it.
+pub(super) struct CountedBody {
+    body: RequestBody,
+    reached: Reached,
+}
+
+impl CountedBody {
+    pub(super) fn new(body: RequestBody, reached: Reached) -> Self {
+        Self { body, reached }
+    }
+}
+
+impl http_body::Body for CountedBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        if matches!(frame, Some(Err(BodyError::NoMemory))) {
+            this.reached.lacks_memory();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

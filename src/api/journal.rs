@@ -119,7 +119,8 @@ impl Journal {
         })
     }
 
-    fn refused(&self, method: Method, by: Option<AuditedProcess>, error: &RequestError) {
+    /// A call was refused by this error, or came to nothing.
+    pub(super) fn refused(&self, method: Method, by: Option<AuditedProcess>, error: &RequestError) {
         const NOT_ATTESTED: &str = "workload attestation failed";
         let rpc = method.rpc();
         if let Some(by) = by {
@@ -374,6 +375,7 @@ mod tests {
                 ("sent_away", RequestError::SentAway),
                 ("crowded", RequestError::Crowded),
                 ("no_memory", RequestError::NoMemory),
+                ("no_memory", RequestError::NoMemoryToRead),
                 ("not_implemented", RequestError::NoWitSvids),
                 ("not_implemented", RequestError::NoWitBundles),
             ]

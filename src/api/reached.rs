@@ -17,6 +17,8 @@ struct ReachedPoints {
     limits: AtomicBool,
     /// Its end was counted, or will be.
     count: AtomicBool,
+    /// There was no memory for what of it was not complete.
+    lack: AtomicBool,
 }
 
 impl Reached {
@@ -33,6 +35,15 @@ impl Reached {
     /// Its end is counted.
     pub(super) fn count(&self) {
         self.0.count.store(true, Relaxed);
+    }
+
+    /// There is no memory to read it to its end.
+    pub(super) fn lacks_memory(&self) {
+        self.0.lack.store(true, Relaxed);
+    }
+
+    pub(super) fn has_lacked_memory(&self) -> bool {
+        self.0.lack.load(Relaxed)
     }
 
     pub(super) fn has_limits(&self) -> bool {

@@ -17,7 +17,7 @@ use tower_service::Service as _;
 use super::{
     call::Call,
     guard::TimeLeft,
-    heads::CountedHead,
+    heads::{CountedBody, CountedHead},
     health::HealthService,
     journal::Journal,
     messages::WholeMessages,
@@ -40,7 +40,7 @@ use crate::{
 pub const MAX_REQUEST: usize = 64 * 1024;
 
 /// The body of a request, with its errors as gRPC has them.
-type GrpcBody = WholeMessages<RequestBody>;
+type GrpcBody = WholeMessages<CountedBody>;
 
 type Reflection = Arc<dyn Fn(Request<GrpcBody>) -> GrpcAnswer + Send + Sync>;
 
@@ -156,16 +156,17 @@ impl hyper::service::Service<Request<RequestBody>> for Services {
             reached: reached.clone(),
             code: None,
         };
-        request.extensions_mut().insert(reached);
+        request.extensions_mut().insert(reached.clone());
         let left = TimeLeft::until(ends(&request));
         let answer = if let Some((code, status)) = no_grpc {
             answered_with(code, status)
         } else if request.extensions().get::<Crowded>().is_some() {
+            head.refuse_for_memory(&RequestError::Crowded);
             answered(RequestError::Crowded.into())
         } else if service_of(request.uri().path()) == WORKLOAD {
-            self.workload.clone().call(request.map(|body| grpc_body(body, MAX_REQUEST)))
+            self.workload.clone().call(request.map(|body| grpc_body(body, MAX_REQUEST, reached)))
         } else {
-            self.other(request)
+            self.other(request, reached)
         };
         HeadAnswer::new(GuardedAnswer::new(answer, is_streamed(method), left), head)
     }
@@ -187,16 +188,15 @@ impl ConnectionService for Services {
 impl Services {
     /// What is no Workload API. It is admitted at once or not at all: its body was not read yet, and may pin what it came
     /// in.
-    fn other(&self, request: Request<RequestBody>) -> GrpcAnswer {
+    fn other(&self, request: Request<RequestBody>, reached: Reached) -> GrpcAnswer {
         let call = Call::without_header(request.extensions(), Method::Other);
         if let Err(error) = call.and_then(|call| Ok(call.admit_at_once(&self.limits)?)) {
             return answered(Status::from(error));
         }
-        let asked = |body: RequestBody| grpc_body(body.at_most(MAX_QUESTIONS), MAX_NAME);
+        let named = |body| grpc_body(body, MAX_NAME, reached.clone());
+        let asked = |body: RequestBody| named(body.at_most(MAX_QUESTIONS));
         match service_of(request.uri().path()) {
-            "grpc.health.v1.Health" => {
-                self.health.clone().call(request.map(|body| grpc_body(body, MAX_NAME)))
-            }
+            "grpc.health.v1.Health" => self.health.clone().call(request.map(named)),
             "grpc.reflection.v1.ServerReflection" => reflected(&self.reflection_v1, request.map(asked)),
             "grpc.reflection.v1alpha.ServerReflection" => {
                 reflected(&self.reflection_v1alpha, request.map(asked))
@@ -273,8 +273,8 @@ fn no_grpc<B>(request: &Request<B>) -> Option<(StatusCode, Status)> {
 }
 
 /// The body by whole messages of at most so many bytes, with its errors as gRPC has them.
-pub(super) fn grpc_body(body: RequestBody, most: usize) -> GrpcBody {
-    WholeMessages::new(body, most)
+pub(super) fn grpc_body(body: RequestBody, most: usize, reached: Reached) -> GrpcBody {
+    WholeMessages::new(CountedBody::new(body, reached), most)
 }
 
 /// An answer that is known at once.

@@ -83,6 +83,9 @@ pub enum RequestError {
     /// Memory is about to run out, and there is none to make the answer in.
     #[error("the agent is short of memory, and has none for an answer as large as this one; try again")]
     NoMemory,
+    /// Memory is out, and there is none for a request that is not complete.
+    #[error("the agent is short of memory, and has none for the rest of this request; try again")]
+    NoMemoryToRead,
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -160,7 +163,7 @@ impl RequestError {
             Self::Draining => "draining",
             Self::SentAway => "sent_away",
             Self::Crowded => "crowded",
-            Self::NoMemory => "no_memory",
+            Self::NoMemory | Self::NoMemoryToRead => "no_memory",
             Self::NoWitSvids | Self::NoWitBundles => "not_implemented",
             Self::NoPeer => "no_peer",
         }
@@ -189,7 +192,8 @@ impl RequestError {
             | Self::Draining
             | Self::SentAway
             | Self::Crowded
-            | Self::NoMemory => Code::Unavailable,
+            | Self::NoMemory
+            | Self::NoMemoryToRead => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
@@ -211,9 +215,10 @@ impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         match &error {
             RequestError::Refused(refusal) => refused(error.code(), &error.to_string(), refusal.wait()),
-            RequestError::Crowded | RequestError::NoMemory | RequestError::NotKnown => {
-                refused(error.code(), &error.to_string(), Some(COME_BACK))
-            }
+            RequestError::Crowded
+            | RequestError::NoMemory
+            | RequestError::NoMemoryToRead
+            | RequestError::NotKnown => refused(error.code(), &error.to_string(), Some(COME_BACK)),
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) if cause.retry_after().is_some() => {
                 refused(error.code(), &error.to_string(), cause.retry_after())
             }
@@ -289,6 +294,7 @@ impl From<BodyError> for Status {
                 status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
                 status
             }
+            BodyError::NoMemory => RequestError::NoMemoryToRead.into(),
             // It was reset, or its connection ended.
             BodyError::Broken(_) => Self::cancelled(error.to_string()),
         }

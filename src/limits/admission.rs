@@ -163,6 +163,23 @@ impl Limits {
         ledger.counters.count_soft_limits(plan.soft, Stage::Caller, paid);
     }
 
+    /// Counts a call of `caller` that was refused before it could be admitted, as there was no memory for it.
+    pub fn note_out_of_memory(&self, caller: CallerKey, method: Method) {
+        let ledger = &self.ledger;
+        let plan = ledger.plan();
+        let question =
+            Question { plan: &plan, stage: Stage::Node, method, dry: false, attempt: Attempt::Last };
+        drop(ledger.refuse_for_memory(&question, caller));
+        let choice = plan.caller.choose(&caller, method);
+        let key = ledger.caller_key(&plan, caller, method, &choice);
+        let quota = match ledger.limit(choice.rule, plan.since.caller, ledger.now()).limit {
+            Limit::Quota(quota) => quota,
+            Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
+        };
+        let who = || (caller_name(caller, &choice), method.rpc());
+        ledger.callers().note_refused_anybody(ledger.now(), key, quota, who);
+    }
+
     /// A place for an attestation before an update of an open stream of `caller`, at once or not at all. There are as
     /// many as for calls and they are shared in the same way, but they are others: whatever streams wait for, calls are
     /// attested. It costs no tokens, and is no refusal: the update is only later.
@@ -408,7 +425,8 @@ impl Ledger {
         if let Some(lack) = lack {
             let lack = Scarcity { retry_after: self.wait_by(choice.rule, limit, lack.retry_after), ..lack };
             let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
-            let done = self.refuse(&question, lack, || Some(caller_name(caller, &choice)));
+            let name = || Some(caller_name(caller, &choice).charged_as(lack.charged_as));
+            let done = self.refuse(&question, lack, name);
             if attempt.counts(&done) {
                 let shares = choice.shared.map(|_| taker);
                 let key = self.caller_key(plan, caller, method, &choice);
@@ -449,7 +467,11 @@ impl Ledger {
             return Ok(());
         }
         let dry = plan.dry || plan.node_dry;
-        let question = Question { plan, stage: Stage::Node, method, dry, attempt };
+        self.refuse_for_memory(&Question { plan, stage: Stage::Node, method, dry, attempt }, taker.caller)
+    }
+
+    /// The same of any call that finds no memory.
+    fn refuse_for_memory(&self, question: &Question<'_>, caller: CallerKey) -> Result<(), Refusal> {
         let lack = Scarcity {
             charged_as: ChargedAs::Node,
             reason: Reason::Memory,
@@ -459,7 +481,7 @@ impl Ledger {
             rest: Remainder::Nothing,
         };
         // What it holds it holds with its family.
-        self.refuse(&question, lack, || Some(BucketName::Caller(plan.families.head(taker.caller))))
+        self.refuse(question, lack, || Some(BucketName::Caller(question.plan.families.head(caller))))
     }
 
     /// A place among the attestations in flight, and for a method without identity the node's bucket.

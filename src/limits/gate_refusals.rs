@@ -32,8 +32,8 @@ impl SharedGate {
     pub(super) fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
         self.count(refusal, caller, Decision::Refused);
         if let Some((stage @ Stage::Gate, reason)) = refusal.by_stage() {
-            let (name, origin) = (BucketName::Caller(caller), Origin::Set);
-            let what = WhatIsRefused { stage, name, method: None, reason, origin };
+            let name = BucketName::Caller(caller).charged_as(charged_as(refusal, stage, caller));
+            let what = WhatIsRefused { stage, name, method: None, reason, origin: Origin::Set };
             self.ledger.refusing().note(now, what, &self.plan.load().families);
         }
         self.want(refusal);
@@ -54,12 +54,16 @@ impl SharedGate {
         decision: fn(Reason) -> Decision,
     ) {
         let Some((stage, reason)) = refusal.by_stage() else { return };
-        let key = match (stage, refusal) {
-            (Stage::Node, _) => ChargedAs::Node,
-            (_, ConnectionRefusal::OverflowRate) => ChargedAs::Overflow,
-            _ => caller.charged_as(),
-        };
-        self.ledger.counters.count(stage, None, key, decision(reason));
+        self.ledger.counters.count(stage, None, charged_as(refusal, stage, caller), decision(reason));
+    }
+}
+
+/// As whom one is refused.
+fn charged_as(refusal: ConnectionRefusal, stage: Stage, caller: CallerKey) -> ChargedAs {
+    match (stage, refusal) {
+        (Stage::Node, _) => ChargedAs::Node,
+        (_, ConnectionRefusal::OverflowRate) => ChargedAs::Overflow,
+        _ => caller.charged_as(),
     }
 }
 

@@ -69,7 +69,8 @@ impl Ledger {
         let done = match longest {
             Some((lack, id, choice)) => {
                 let question = Question { plan, stage: Stage::Identity, method, dry: false, attempt };
-                self.refuse(&question, lack, || Some(identity_name(id, &choice))).map_err(|refusal| {
+                let name = || Some(identity_name(id, &choice).charged_as(lack.charged_as));
+                self.refuse(&question, lack, name).map_err(|refusal| {
                     if attempt.ends(&refusal) {
                         let (key, table) = (self.identity_key(id, method, &choice), &mut identities.table);
                         if refusal.reason == Reason::Blocked {
@@ -133,7 +134,11 @@ impl Ledger {
                 held.push((tokens, tokens.place.charged_as(own)));
                 None
             }
-            Err(lack) => lacking(Reason::Rate, lack),
+            Err(lack) => {
+                // One that is refused has no bucket where the table has no room for it.
+                let charged_as = if table.knows(key) { own } else { ChargedAs::Overflow };
+                lacking(Reason::Rate, lack).map(|lack| Scarcity { charged_as, ..lack })
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use super::{
     caller_pattern::CallerPattern,
     id_pattern::IdPattern,
     method::Method,
-    refusal::{Reason, Stage},
+    refusal::{ChargedAs, Reason, Stage},
     rule::{Limit, Origin},
     shares::Taking,
 };
@@ -44,6 +44,13 @@ pub enum BucketName {
     Node,
     /// All those together that have no bucket of their own, as the table has no room.
     WithoutBucket,
+}
+
+impl BucketName {
+    /// The bucket of this key, or where there was no room for it that of those without one.
+    pub(super) fn charged_as(self, charged_as: ChargedAs) -> Self {
+        if charged_as == ChargedAs::Overflow { Self::WithoutBucket } else { self }
+    }
 }
 
 impl PartialEq for BucketName {

@@ -143,8 +143,9 @@ impl Table {
             Some(outcome) => outcome?,
             None => self.hold_new(now, ask, short, who).map(|(place, tokens)| (place, tokens, None))?,
         };
-        let passed = &mut self.unknown.0;
-        *passed = passed.saturating_add(u32::from(!matches!(place, ChargedTo::Own(_))));
+        // Who asks for nothing is only noted.
+        let passed = u32::from(ask.cost > 0 && !matches!(place, ChargedTo::Own(_)));
+        self.unknown.0 = self.unknown.0.saturating_add(passed);
         let short = if spared { Shortfall::Pass } else { short };
         // Tokens that were not there are no debt of the bucket. A share had all of them, and pays.
         let of_bucket = if tokens < ask.cost { Shortfall::Pass } else { short };

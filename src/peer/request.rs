@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use super::turns::Upload;
+use super::turns::{NoRoom, Upload};
 
 /// The body of a request. As long as it is not complete, its bytes count against what its connection may send
 /// without ending a request ([`UPLOADS`](crate::limits::budget::UPLOADS)): what is half-read is kept by
@@ -31,9 +31,21 @@ pub enum BodyError {
     /// client that waits until its other requests have ended finds room.
     #[error("too many bytes of requests that are not complete: end them first")]
     TooMuch,
+    /// The node has no memory for what is not complete.
+    #[error("the agent is short of memory, and has none for the rest of this request; try again")]
+    NoMemory,
     /// The peer reset the request, or the connection ended.
     #[error("the body of a request ended early")]
     Broken(#[from] hyper::Error),
+}
+
+impl From<NoRoom> for BodyError {
+    fn from(lack: NoRoom) -> Self {
+        match lack {
+            NoRoom::OfConnection => Self::TooMuch,
+            NoRoom::OfNode => Self::NoMemory,
+        }
+    }
 }
 
 impl RequestBody {
@@ -63,10 +75,9 @@ impl Body for RequestBody {
         ready!(this.upload.poll_goes_on(cx));
         let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
             // What came so far waits for its rest.
-            return if this.upload.waits(this.came) {
-                Poll::Pending
-            } else {
-                Poll::Ready(Some(Err(BodyError::TooMuch)))
+            return match this.upload.waits(this.came) {
+                Ok(()) => Poll::Pending,
+                Err(lack) => Poll::Ready(Some(Err(lack.into()))),
             };
         };
         let Some(frame) = frame.transpose()? else { return Poll::Ready(None) };

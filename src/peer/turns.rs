@@ -164,6 +164,15 @@ impl TurnSlots {
     }
 }
 
+/// Why there is no room for bytes of a request that is not complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoRoom {
+    /// The connection has as many of them as it may.
+    OfConnection,
+    /// The node has no memory for them.
+    OfNode,
+}
+
 /// What the connection's task wants to know. Once the agent ends, what waits and what has ended are looked for among the requests
 /// that may hold that up.
 #[derive(Clone, Copy, Debug)]
@@ -296,17 +305,23 @@ impl Turns {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// Counts bytes of a request that is not complete. Returns whether there is room for them.
-    pub(super) fn upload(&self, more: u64) -> bool {
+    /// Counts bytes of a request that is not complete: none where its head came alone, which asks for nothing.
+    ///
+    /// # Errors
+    /// [`NoRoom`]. They came, and are given back with the request that ends for it.
+    pub(super) fn upload(&self, more: u64) -> Result<(), NoRoom> {
         self.with(|turns| {
             let held = UPLOAD.saturating_mul(more);
-            let fits = self.holding.try_hold(held);
+            let fits = more == 0 || self.holding.try_hold(held);
             if !fits {
-                // It came, and is given back with the request that ends for it.
                 self.holding.hold(held);
             }
             turns.uploads = turns.uploads.saturating_add(more);
-            fits && turns.uploads <= UPLOADS
+            if turns.uploads > UPLOADS {
+                Err(NoRoom::OfConnection)
+            } else {
+                fits.then_some(()).ok_or(NoRoom::OfNode)
+            }
         })
     }
 
@@ -513,8 +528,10 @@ impl Upload {
     }
 
     /// So many bytes came in all, and more are waited for. Others begin meanwhile: they may be what the peer waits for.
-    /// Returns whether there is room for the bytes.
-    pub(super) fn waits(&mut self, came: u64) -> bool {
+    ///
+    /// # Errors
+    /// As [`Turns::upload`].
+    pub(super) fn waits(&mut self, came: u64) -> Result<(), NoRoom> {
         let more = came.saturating_sub(self.counted);
         self.counted = came;
         if self.gives_way && !self.gave_way {
@@ -740,7 +757,7 @@ mod tests {
                 Event::Rests if self.polled() => self.turn.rests(&cx),
                 Event::Uploads(bytes) if self.polled() => {
                     self.came += bytes;
-                    self.upload.waits(self.came);
+                    let _room_or_not = self.upload.waits(self.came);
                 }
                 Event::EndsUpload if self.polled() => self.upload.ends(),
                 _ => {
@@ -844,7 +861,7 @@ mod tests {
         let begun = |requests: &mut [Asked]| requests.iter_mut().map(Asked::polled).collect::<Vec<_>>();
         assert_eq!(begun(&mut requests), [true, true, true, true, false, false, false, false]);
         for request in &mut requests[..4] {
-            assert!(request.upload.waits(10));
+            assert_eq!(request.upload.waits(10), Ok(()));
         }
         assert!(requests[4..].iter().all(|request| request.woken.0.load(SeqCst)));
         assert_eq!(begun(&mut requests[4..]), [true; 4]);

@@ -1322,6 +1322,14 @@ async fn who_has_no_bucket_of_its_own_sees_what_it_shares() {
         drop(call(&limits, uid, JWT, &entries(&["web"])));
     }
     assert_eq!(last, Some(ConnectionRefusal::OverflowRate));
+    let row = gate.report(100).into_iter().find(|row| row.name == BucketName::WithoutBucket).unwrap();
+    assert_eq!((row.used, row.refused), (5, 38), "who was refused is none of those who passed");
+    let told: Vec<_> = limits.events().into_iter().map(|event| format!("{event:?}")).collect();
+    for what in ["method: None", "method: Some(FetchJwtSvid)"] {
+        let of_crowd = |line: &&String| line.contains("others without a bucket") && line.contains(what);
+        assert_eq!(told.iter().filter(of_crowd).count(), 1, "{what}: one line: {told:?}");
+    }
+    assert!(!told.iter().any(|line| line.contains("uid:100039")), "{told:?}");
     let crowd = CallerKey::Uid(100_039);
     let (name, standing) = gate.standing(crowd);
     assert_eq!((name, tokens(standing)), (BucketName::WithoutBucket, Some((0, 5))));
