@@ -259,16 +259,6 @@ impl Course {
     }
 }
 
-/// When a connection that was `told` that the agent ends is cut; `None` while the agent has something to do for it.
-fn drained_at(look: Look, told: Instant) -> Option<Instant> {
-    let since = match look {
-        Look::Busy { for_peer, .. } => for_peer?,
-        Look::Idle { since } => since,
-        Look::NoRequestYet | Look::Open => told,
-    };
-    Some(since.max(told) + FAREWELL)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
