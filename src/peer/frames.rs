@@ -77,10 +77,10 @@ impl UsefulBytes {
     /// A request's head: ten fields as clients of gRPC write them. h2 walks the fields of one that is malformed to its end, and
     /// one byte can be a field.
     const HEAD: Self = Self { at_first: 0, with_request: 512, at_most: 512, to_an_answer: 128 };
-    /// Bodies: as many as the largest has, before the first. h2 throws away what comes for a request that was answered or reset,
-    /// and gives its window back: that does not bound it. A read brings 2 KiB of them.
+    /// Bodies: as many as the largest has, before the first; and a token to validate with each. h2 throws away what comes for a
+    /// request that was answered or reset, and gives its window back: that does not bound it. A read brings 2 KiB of them.
     const BODY: Self =
-        Self { at_first: 68 * 1024, with_request: 8 * 1024, at_most: 256 * 1024, to_an_answer: 2 * 1024 };
+        Self { at_first: 68 * 1024, with_request: 2 * 1024, at_most: 256 * 1024, to_an_answer: 2 * 1024 };
 
     /// What is `left` with another request.
     fn filled(self, left: u32) -> u32 {
@@ -737,7 +737,7 @@ mod tests {
     /// What comes for requests that were answered is thrown away, and asked for again and again.
     #[test]
     fn bodies_beyond_what_requests_bring_along_are_waste() {
-        const BODY: u32 = 8 * 1024;
+        const BODY: u32 = 2 * 1024;
         let now = Instant::now();
         let all = |bytes: u32, heads: u32| bytes.saturating_sub(68 * 1024 + heads * BODY) / 2048;
         for (case, rounds, heads, parts, length) in [
@@ -746,6 +746,7 @@ mod tests {
             ("many of them together", 1, 30, 30, BODY),
             ("what comes for none", 1, 1, 104, 16 * 1024),
             ("long ones, one after the other", 100, 1, 1, 16 * 1024),
+            ("longer than a token, of requests that are reset", 100, 1, 1, 8 * 1024),
         ] {
             let mut filter = Filter::new(FrameBudget::DEFAULT, now);
             filter.pass(&mut connection(), || now).unwrap();
