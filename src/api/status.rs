@@ -262,10 +262,9 @@ pub fn refused_connection(
         ),
         R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
         R::Descriptors => (Code::Unavailable, short_of_places.as_str()),
-        R::Memory => (
-            Code::Unavailable,
-            "the agent is short of memory, and this caller's connections hold its share of it",
-        ),
+        R::Memory => {
+            (Code::Unavailable, "the agent is short of memory, and this caller holds its share of it")
+        }
         R::MemoryTaken => (
             Code::Unavailable,
             "the agent is out of memory: others hold it, and take what is set aside for callers that hold little",
