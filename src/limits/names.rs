@@ -73,7 +73,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::limits::{accounts::OpenPlace, holding::NodeHeld};
+    use crate::limits::{accounts::OpenPlace, holding::NodeHeld, since_start::SinceStart};
 
     const KIB: u64 = 1024;
 
@@ -89,7 +89,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_held_by_those_whose_processes_it_may_be_of() {
-        let mut accounts = Accounts::new(Arc::new(NodeHeld::new(Arc::default())));
+        let mut accounts = Accounts::new(Arc::new(NodeHeld::new(Arc::default(), SinceStart::default())));
         let _neighbour = show(&mut accounts, 3, 0..0);
         accounts.names_are(100 * KIB);
         assert_eq!(held(&accounts), [0, 0, 0], "nobody showed any");
