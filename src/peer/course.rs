@@ -355,6 +355,20 @@ mod tests {
         }
     }
 
+    /// Who has to go for its waste is going already, and is not told anew.
+    #[test]
+    fn waste_makes_no_drain_longer() {
+        let turns = Arc::new(Turns::default());
+        let start = Instant::now();
+        let mut course = course(&turns, start, start + 10 * TICK);
+        let told = start + 2 * TICK;
+        (0..=40).for_each(|nth| turns.pauses().hold_up(start + nth * TICK / 20));
+        course.drain(told);
+        assert_eq!(course.look(told), Verdict::GoesOn);
+        assert!(course.drains());
+        assert_eq!(course.look(told + FAREWELL), Verdict::Cut(ConnectionEnd::Drained));
+    }
+
     #[test]
     fn what_is_there_is_looked_at_again_at_once_or_soon() {
         let turns = Arc::new(Turns::default());
