@@ -296,7 +296,7 @@ mod tests {
             let mut course = course(&turns, start, start + TICK);
             let request = begins.then(|| Turn::begin(&turns));
             let mut upload = request.as_ref().filter(|_| awaits_peer).map(Turn::upload);
-            assert!(upload.as_mut().is_none_or(|upload| upload.waits(10)), "{case}");
+            assert!(upload.as_mut().is_none_or(|upload| upload.waits(10).is_ok()), "{case}");
             let told = Instant::now();
             assert_eq!(course.drain(told), Verdict::SayFarewell, "{case}");
             assert_eq!(course.look(late - Duration::from_millis(1)), Verdict::GoesOn, "{case}");

@@ -82,7 +82,7 @@ async fn call(socket: &Path) -> Result<(), Code> {
 }
 
 /// Seconds of a processor that a process has used.
-fn used(pid: u32) -> f64 {
+fn used(pid: nix::unistd::Pid) -> f64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let nanoseconds = tasks.map(|task| {
         let spent = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap_or_default();
