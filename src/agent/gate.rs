@@ -12,6 +12,7 @@ use crate::{
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, LimitsInForce,
+        attempt::Attempt,
         beyond_budget::BeyondBudget,
         budget::{BudgetFrom, MemoryBounds, MemoryBudget, MemorySettings},
         gate_plan::NoRoomError,
@@ -61,14 +62,13 @@ impl AuditedGate {
 impl AcceptGate for AuditedGate {
     type Permit = PlaceAtGate;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
-        let opened = self.gate.open(arrival.caller());
-        opened.map(PlaceAtGate::from).inspect_err(|why| self.refused(arrival, *why))
-    }
-
-    fn admit_or_wait(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
-        self.gate.open_or_wait(arrival.caller()).map(PlaceAtGate::from).inspect_err(|why| {
-            if !why.is_soft() {
+    fn admit_connection(
+        &self,
+        arrival: &Arrival,
+        attempt: Attempt,
+    ) -> Result<PlaceAtGate, ConnectionRefusal> {
+        self.gate.open_on(arrival.caller(), attempt).map(PlaceAtGate::from).inspect_err(|why| {
+            if attempt.is_last() || !why.is_soft() {
                 self.refused(arrival, *why);
             }
         })
