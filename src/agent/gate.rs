@@ -260,7 +260,7 @@ impl Means {
         // A cache gives way when memory is short, and whoever comes from spire-agent may have set one of any size.
         let of_caches = config.caches.beyond(bytes, whose, set_at(config)).into_iter();
         in_force.wrong.extend(of_caches.map(|BeyondBudget { key, value, why }| {
-            format!("{key} {value}: {why} (until then it is emptied whenever memory is short)")
+            format!("{key} {value}: {why} (it is emptied whenever memory is short)")
         }));
         in_force
     }
