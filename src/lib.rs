@@ -118,8 +118,9 @@
 //! **Of refused connections the first few are answered, the crowd is closed.** An answer (a status to the first request)
 //! says which limit it was and when to come back; but it takes half as much processor time again as a close
 //! (`cargo bench --bench refusal`), and a client that never asks holds its place. So two of a family are answered in two
-//! seconds, further ones once none of the family's is being answered, and 16 of the node at a time; the others are closed, which a gRPC
-//! client takes for `UNAVAILABLE` and backs off from, and which limit it was stands in the log and in `durward limits`.
+//! seconds, further ones once none of the family's is being answered, 64 of the node in that time and 16 at the same moment;
+//! the others are closed, which a gRPC client takes for `UNAVAILABLE` and backs off from, and which limit it was stands in the
+//! log and in `durward limits`.
 //!
 //! **Who finds no room waits a moment, unread.** A crowd after a restart is over in less than that. A connection that is
 //! refused for want of room alone keeps its descriptor for up to 250 ms, and is asked for again when there is room, families

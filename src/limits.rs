@@ -55,6 +55,7 @@ mod admission;
 mod admitted;
 mod apart;
 mod ask;
+pub mod attempt;
 pub mod beyond_budget;
 pub mod bucket;
 pub mod budget;

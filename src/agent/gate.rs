@@ -12,6 +12,7 @@ use crate::{
     hcl::{ConfigError, ConfigErrors, KeyPlace},
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, GatePlan, LimitSettings, LimitsInForce,
+        attempt::Attempt,
         beyond_budget::BeyondBudget,
         budget::{BudgetFrom, MemoryBounds, MemoryBudget, MemorySettings},
         gate_plan::NoRoomError,
@@ -69,14 +70,13 @@ impl AcceptGate for AuditedGate {
         self.gate.may_show_processes(user)
     }
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
-        let opened = self.gate.open(arrival.caller());
-        opened.map(PlaceAtGate::from).inspect_err(|why| self.refused(arrival, *why))
-    }
-
-    fn admit_or_wait(&self, arrival: &Arrival) -> Result<PlaceAtGate, ConnectionRefusal> {
-        self.gate.open_or_wait(arrival.caller()).map(PlaceAtGate::from).inspect_err(|why| {
-            if !why.is_soft() {
+    fn admit_connection(
+        &self,
+        arrival: &Arrival,
+        attempt: Attempt,
+    ) -> Result<PlaceAtGate, ConnectionRefusal> {
+        self.gate.open_on(arrival.caller(), attempt).map(PlaceAtGate::from).inspect_err(|why| {
+            if attempt.is_last() || !why.is_soft() {
                 self.refused(arrival, *why);
             }
         })
@@ -269,7 +269,7 @@ impl Means {
         // A cache gives way when memory is short, and whoever comes from spire-agent may have set one of any size.
         let of_caches = config.caches.beyond(bytes, whose, set_at(config)).into_iter();
         in_force.wrong.extend(of_caches.map(|BeyondBudget { key, value, why }| {
-            let why = format!("{why} (until then it is emptied whenever memory is short)");
+            let why = format!("{why} (it is emptied whenever memory is short)");
             BeyondBudget { key, value, why }
         }));
         in_force

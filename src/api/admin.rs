@@ -31,6 +31,7 @@ use crate::{
     identity::Entry,
     limits::{
         self, CallerKey, ConnectionPermit, ConnectionRefusal, Limits, Method, WhoHolds,
+        attempt::Attempt,
         budget::Pressure,
         gate_standings::{HeldByCaller, MemoryStanding, SharesNow},
         refusal::Stage,
@@ -79,7 +80,11 @@ impl OwnerGate {
 impl AcceptGate for OwnerGate {
     type Permit = ConnectionPermit;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+    fn admit_connection(
+        &self,
+        arrival: &Arrival,
+        _attempt: Attempt,
+    ) -> Result<ConnectionPermit, ConnectionRefusal> {
         let uid = arrival.credentials().uid;
         if uid != self.uid && !uid.is_root() {
             return Err(ConnectionRefusal::NotOwner);

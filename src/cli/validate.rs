@@ -155,13 +155,8 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<Unsettled> {
         (key, format!("{host} port {port} {why}: {}", said(&cause)))
     });
     let held = config.places_in_use(trust).into_iter().map(|(key, at)| {
-        (
-            key,
-            format!(
-                "{} is in use now, perhaps by a running agent or by systemd, which holds its socket",
-                at.display()
-            ),
-        )
+        let or_systemd = if key == "agent.data_dir" { "" } else { " or by systemd, which holds its socket" };
+        (key, format!("{} is in use now, perhaps by a running agent{or_systemd}", at.display()))
     });
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())

@@ -249,8 +249,11 @@ impl Config {
                 } else {
                     String::new()
                 };
-                let (user, path) = (trust.user(), path.display());
-                let message = format!("user {user} cannot make it in {path}: {}{by_default}", said(&cause));
+                let user = trust.user();
+                let what = if path == value { "a file" } else { "it" };
+                let path = path.display();
+                let message =
+                    format!("user {user} cannot make {what} in {path}: {}{by_default}", said(&cause));
                 found.note(key, value, Err::<(), _>(message));
             }
         }

@@ -12,12 +12,13 @@ use futures_util::FutureExt as _;
 use super::{
     admitted::{Admitted, Charge},
     ask::Ask,
+    attempt::Attempt,
     bucket::Quota,
     caller::{Caller, CallerKey, NthCall},
     caller_pattern::CallerPattern,
     counters::Decision,
     identity_stage::IdentityCall,
-    ledger::{Attempt, CallPlan, CallToSpare, Ledger, LimitNow, Question, Scarcity},
+    ledger::{CallPlan, CallToSpare, Ledger, LimitNow, Question, Scarcity},
     method::Method,
     patience::{FOR_ROOM, Patience},
     policy::Choice,
@@ -157,7 +158,7 @@ impl Limits {
         let cost = choice.rule.costs().answer();
         let taker = choice.shared.map(|_| Taker { caller, group: plan.families.group(caller) });
         let key = ledger.caller_key(&plan, caller, method, &choice);
-        let ask = Ask { key, quota, since, cost, taker };
+        let ask = Ask { key, quota, since, cost, taker, attempt: Attempt::Only };
         let name = || (caller_name(caller, &choice), method.rpc());
         let paid = ledger.callers().charge_late(now, &ask, ledger.shortfall(origin), name);
         ledger.counters.count_soft_limits(plan.soft, Stage::Caller, paid);
@@ -168,7 +169,7 @@ impl Limits {
         let ledger = &self.ledger;
         let plan = ledger.plan();
         let question =
-            Question { plan: &plan, stage: Stage::Node, method, dry: false, attempt: Attempt::Last };
+            Question { plan: &plan, stage: Stage::Node, method, dry: false, attempt: Attempt::Only };
         drop(ledger.refuse_for_memory(&question, caller));
         let choice = plan.caller.choose(&caller, method);
         let key = ledger.caller_key(&plan, caller, method, &choice);
@@ -235,7 +236,7 @@ impl Limits {
         ids: impl IntoIterator<Item = &'a SpiffeId>,
     ) -> Result<(), Refusal> {
         admitted.slot = None;
-        self.charge_all(&mut admitted.charge, ids, Attempt::Last)
+        self.charge_all(&mut admitted.charge, ids, Attempt::Only)
     }
 
     async fn wait_for_all<'a>(
@@ -342,7 +343,7 @@ impl<P: Caller> Entering<'_, P> {
         loop {
             let attempt = if refusal.reason == Reason::InFlight {
                 self.slot = self.call.waiting.for_attestation(ledger, group).await;
-                if self.slot.is_some() { Attempt::MayWait } else { Attempt::Last }
+                if self.slot.is_some() { Attempt::Again } else { Attempt::Last }
             } else {
                 // Whoever waits for tokens keeps nobody from being attested.
                 self.slot = None;
@@ -399,7 +400,7 @@ impl Ledger {
             Limit::Quota(quota) => {
                 let key = self.caller_key(plan, caller, method, &choice);
                 let shares = choice.shared.map(|_| taker);
-                let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares };
+                let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares, attempt };
                 let short = self.shortfall_of(nth, origin);
                 let mut callers = self.callers();
                 match callers.hold_by(

@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     ask::{Ask, HeldTokens},
+    attempt::Attempt,
     caller::NthCall,
     ledger::{Ledger, LimitNow},
     method::Method,
@@ -105,7 +106,7 @@ impl Charge {
             && more > 0
         {
             let key = ledger.identity_key(id, self.method, &choice);
-            let ask = Ask { key, quota, since, cost: more, taker: Some(self.taker) };
+            let ask = Ask { key, quota, since, cost: more, taker: Some(self.taker), attempt: Attempt::Again };
             let paid = ledger.identities().table.charge(now, &ask, ledger.shortfall(origin));
             ledger.counters.count_soft_limits(self.soft, Stage::Identity, paid);
         }

@@ -1,6 +1,7 @@
 //! What a call asks of a table of buckets: whose, how much, and on whose behalf. And what it holds there.
 
 use super::{
+    attempt::Attempt,
     bucket::{Quota, Shortfall},
     refusal::ChargedAs,
     shares::Taker,
@@ -37,6 +38,8 @@ pub(super) struct Ask {
     pub(super) cost: u32,
     /// Who asks, where several callers share the bucket.
     pub(super) taker: Option<Taker>,
+    /// Of the one who asks: it counts once.
+    pub(super) attempt: Attempt,
 }
 
 /// Which bucket a call was charged to.

@@ -2,7 +2,7 @@
 
 use hashbrown::HashTable;
 
-use super::bucket::Bucket;
+use super::{attempt::Attempt, bucket::Bucket};
 
 /// No caller has taken from a bucket that is shared, or it is not.
 pub(super) const NOBODY: u16 = 0;
@@ -29,11 +29,11 @@ pub(super) struct Cell {
 }
 
 impl Cell {
-    /// Its bucket is asked.
-    pub(super) fn is_asked(&mut self, now: u64) {
+    /// Its bucket is asked: once, however often the same one tries.
+    pub(super) fn is_asked(&mut self, now: u64, attempt: Attempt) {
         let second = seconds(now);
         let before = if self.seen == second { self.bucket.asked } else { 0 };
-        self.bucket.asked = before.saturating_add(1);
+        self.bucket.asked = before.saturating_add(attempt.is_first().into());
         self.bucket.most = self.bucket.most.max(self.bucket.asked);
         self.seen = second;
         self.again = true;

@@ -25,8 +25,9 @@ use tokio::time::timeout;
 use super::{
     accounts::{Accounts, OpenPlace, Shed, Straddling, ToldToGo, Weight},
     admission::Limits,
-    ask::{Ask, BucketKey, Hasher},
-    bucket::Quota,
+    ask::{Ask, BucketKey, Hasher, HeldTokens},
+    attempt::Attempt,
+    bucket::{Quota, Shortfall},
     budget::{self, Pressure},
     caller::CallerKey,
     counters::Decision,
@@ -43,7 +44,7 @@ use super::{
     room::{Room, Short},
     rule::Limit,
     shortage::Shortage,
-    table::{ChargedTo, Table},
+    table::{ChargedTo, Table, nothing_to_spare},
 };
 
 /// Who holds fewer connections counts as holding none: one that calls anew for each call has left its last one,
@@ -139,17 +140,8 @@ pub(super) struct Arriving<'a> {
     group_names: u64,
     of_family: bool,
     pub(super) now: u64,
+    attempt: Attempt,
 }
-
-/// Whether somebody asks again who is refused for want of room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Chance {
-    NotLast,
-    Last,
-}
-
-/// A token of a caller's rate, until it is known whether all others let its connection in.
-type HeldRate = (Ask, ChargedTo);
 
 /// How a connection is let in.
 #[derive(Clone, Copy)]
@@ -284,23 +276,23 @@ impl Gate {
     /// # Errors
     /// [`ConnectionRefusal`]: close it.
     pub fn open(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.open_as(caller, Chance::Last)
+        self.open_on(caller, Attempt::Only)
     }
 
-    /// The same for one that may be asked for again: a refusal for want of room is neither counted nor told.
+    /// The same for one that may be asked for again: until the last time a refusal for want of room is neither counted nor told.
     ///
     /// # Errors
     /// [`ConnectionRefusal`]: close it, or ask again, if it [is soft](ConnectionRefusal::is_soft).
-    pub fn open_or_wait(&self, caller: CallerKey) -> Result<ConnectionPermit, ConnectionRefusal> {
-        self.open_as(caller, Chance::NotLast)
-    }
-
-    fn open_as(&self, caller: CallerKey, chance: Chance) -> Result<ConnectionPermit, ConnectionRefusal> {
+    pub fn open_on(
+        &self,
+        caller: CallerKey,
+        attempt: Attempt,
+    ) -> Result<ConnectionPermit, ConnectionRefusal> {
         let shared = &self.shared;
         let plan = shared.plan.load();
         let now = shared.ledger.now();
         let mut state = shared.state();
-        let arriving = shared.arriving(&plan, caller, now, &mut state);
+        let arriving = shared.arriving(&plan, caller, now, attempt, &mut state);
         let group_open = arriving.group_open;
         let taken = state.taken();
         state.places.settle(taken, plan.for_anybody());
@@ -317,7 +309,7 @@ impl Gate {
         }
         let LetIn { rehearsed, reserved, paid, charged_as, place: vacancy, in_time } = match decided {
             Ok(let_in) => let_in,
-            Err(refusal) if chance == Chance::NotLast && refusal.is_soft() => {
+            Err(refusal) if !attempt.is_last() && refusal.is_soft() => {
                 shared.want(refusal);
                 return Err(refusal);
             }
@@ -397,7 +389,7 @@ impl Gate {
         let plan = shared.plan.load();
         let now = shared.ledger.now();
         let mut state = shared.state();
-        let it = shared.arriving(&plan, caller, now, &mut state);
+        let it = shared.arriving(&plan, caller, now, Attempt::Last, &mut state);
         let holds_share = it.group_bytes >= state.bytes.share();
         let refusal = if holds_share { ConnectionRefusal::Memory } else { ConnectionRefusal::MemoryTaken };
         state.rates.take_back(now, shared.key(&plan, caller), permit.paid);
@@ -506,6 +498,7 @@ impl SharedGate {
         plan: &'a GatePlan,
         caller: CallerKey,
         now: u64,
+        attempt: Attempt,
         state: &mut GateState,
     ) -> Arriving<'a> {
         let aged = now.saturating_sub(state.looked) >= SHARES_LAST && self.node.room().is_short_of_places();
@@ -525,6 +518,7 @@ impl SharedGate {
             group_names: state.accounts.names_of(group),
             of_family: plan.families.of(caller).is_some(),
             now,
+            attempt,
         }
     }
 
@@ -551,27 +545,27 @@ impl SharedGate {
             }
             decided => decided,
         };
-        let paid = held.filter(|(_, place)| decided.is_ok() && matches!(place, ChargedTo::Own(_)));
-        let paid = paid.map(|(ask, _)| ask.quota);
-        if let Some((ask, place)) = held {
-            let level = state.rates.settle(&ask, place, u32::from(decided.is_ok()));
+        let in_full = |it: &HeldTokens| it.tokens > 0 && matches!(it.place, ChargedTo::Own(_));
+        let paid = held.filter(|it| decided.is_ok() && in_full(it)).map(|it| it.ask.quota);
+        if let Some(held) = held {
+            let level = state.rates.settle_held(&held, u32::from(decided.is_ok()));
             if decided.is_ok() {
                 self.ledger.counters.count_soft_limits(it.plan.soft, Stage::Gate, level);
             }
         }
         let own = it.caller.charged_as();
-        let charged_as = held.map_or(own, |(_, place)| place.charged_as(own));
+        let charged_as = held.map_or(own, |it| it.place.charged_as(own));
         let in_time = !rehearsed && (it.rule.rate.is_none() || !self.node.room().is_short(Short::Processor));
         decided.map(|(reserved, place)| LetIn { rehearsed, reserved, paid, charged_as, place, in_time })
     }
 
-    /// What is the caller's own. Holds a token of its rate, if it has one.
+    /// What is the caller's own. Holds a token of its rate, if it has one; who passes without is counted in the same way.
     fn decide_own(
         &self,
         it: &Arriving<'_>,
         state: &mut GateState,
-    ) -> Result<Option<HeldRate>, ConnectionRefusal> {
-        let Arriving { plan, rule, caller, open, group_open, of_family, now, .. } = *it;
+    ) -> Result<Option<HeldTokens>, ConnectionRefusal> {
+        let Arriving { plan, rule, caller, open, group_open, of_family, now, attempt, .. } = *it;
         let quota = match rule.limit() {
             Limit::Block => return Err(ConnectionRefusal::Blocked),
             Limit::Exempt => return Ok(None),
@@ -587,17 +581,19 @@ impl SharedGate {
             return Err(ConnectionRefusal::CallerConnections);
         }
         let Some(quota) = quota else { return Ok(None) };
-        let ask = Ask { key, quota, since: now, cost: 1, taker: None };
-        match state.rates.hold(now, &ask, || (BucketName::Caller(caller), "connections")) {
-            Ok(place) => Ok(Some((ask, place))),
+        let ask = Ask { key, quota, since: now, cost: 1, taker: None, attempt };
+        // What nobody set only says who comes first.
+        let short = match rule.rate {
+            None if !self.node.room().is_short(Short::Processor) => Shortfall::Pass,
+            _ => Shortfall::Refuse,
+        };
+        let who = || (BucketName::Caller(caller), "connections");
+        match state.rates.hold_by(now, &ask, short, nothing_to_spare, who) {
+            Ok(held) => Ok(Some(held)),
+            Err(_lack) if rule.rate.is_none() => Err(ConnectionRefusal::Processor),
             // One that is refused has no bucket where the table has no room for it.
-            Err(_wait) if rule.rate.is_some() && !state.rates.knows(key) => {
-                Err(ConnectionRefusal::OverflowRate)
-            }
-            Err(_wait) if rule.rate.is_some() => Err(ConnectionRefusal::CallerRate),
-            // Nobody set it: it only says who comes first.
-            Err(_wait) if self.node.room().is_short(Short::Processor) => Err(ConnectionRefusal::Processor),
-            Err(_wait) => Ok(None),
+            Err(_lack) if !state.rates.knows(key) => Err(ConnectionRefusal::OverflowRate),
+            Err(_lack) => Err(ConnectionRefusal::CallerRate),
         }
     }
 

@@ -6,10 +6,11 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     ask::Ask,
+    attempt::Attempt,
     bucket::Quota,
     counters::Decision,
     id_pattern::IdPattern,
-    ledger::{Attempt, CallPlan, CallToSpare, Identities, Ledger, LimitNow, Question, Scarcity},
+    ledger::{CallPlan, CallToSpare, Identities, Ledger, LimitNow, Question, Scarcity},
     method::Method,
     policy::Choice,
     refusal::{ChargedAs, Reason, Refusal, Stage},
@@ -126,7 +127,7 @@ impl Ledger {
             return None;
         }
         let cost = choice.rule.costs().answer();
-        let ask = Ask { key, quota, since, cost, taker: Some(taker) };
+        let ask = Ask { key, quota, since, cost, taker: Some(taker), attempt: of.attempt };
         let short = self.shortfall_of(nth, origin);
         let who = || (identity_name(id, choice), method.rpc());
         match table.hold_by(now, &ask, short, || self.spare(call, origin), who) {

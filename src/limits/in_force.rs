@@ -159,14 +159,14 @@ pub(super) fn limit_text(limit: Limit) -> String {
 
 /// In the largest unit that says it in a number of at least one, or by the day.
 fn quota_text(quota: Quota) -> String {
-    let (seconds, unit) = [(1, "second"), (60, "minute"), (3600, "hour")]
+    let (seconds, unit) = [(1, "a second"), (60, "a minute"), (3600, "an hour")]
         .into_iter()
         .find(|(seconds, _)| quota.millis_per(*seconds) >= 1000)
-        .unwrap_or((86_400, "day"));
+        .unwrap_or((86_400, "a day"));
     let thousandths = quota.millis_per(seconds);
     let (whole, part) = (thousandths / 1000, thousandths % 1000);
     let rate = if part == 0 { whole.to_string() } else { format!("{whole}.{part:03}") };
-    format!("{} a {unit}, {} at once", rate, quota.burst())
+    format!("{rate} {unit}, {} at once", quota.burst())
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::{
     ask::{BucketKey, Hasher, HeldTokens},
+    attempt::Attempt,
     bucket::Shortfall,
     caller::{CallerKey, Families, NthCall},
     caller_pattern::CallerPattern,
@@ -116,15 +117,6 @@ pub(super) struct CallToSpare {
     pub(super) nth: NthCall,
 }
 
-/// What comes after a refusal that is worth a wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Attempt {
-    /// Another try: nothing is counted yet.
-    MayWait,
-    /// Nothing.
-    Last,
-}
-
 /// The identity stage: its table, and the tokens that the call being decided holds in it. One lock for both, so
 /// that several identities are charged as one.
 #[derive(Debug)]
@@ -151,18 +143,6 @@ impl Scarcity {
     pub(super) fn is_before(&self, other: &Self) -> bool {
         let rank = |lack: &Self| (lack.origin == Origin::Set, lack.retry_after);
         rank(self) < rank(other)
-    }
-}
-
-impl Attempt {
-    /// Whether nothing comes after this refusal.
-    pub(super) fn ends(self, refusal: &Refusal) -> bool {
-        self == Self::Last || !refusal.may_wait()
-    }
-
-    /// Whether what lacked tokens counts as refused for people: nothing comes after it, or it passed as a dry run alone.
-    pub(super) fn counts(self, done: &Result<(), Refusal>) -> bool {
-        done.as_ref().err().is_none_or(|refusal| self.ends(refusal))
     }
 }
 

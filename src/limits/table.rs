@@ -17,6 +17,7 @@ pub(super) use super::ask::ChargedTo;
 use super::{
     apart::{ApartByKey, QuotaChange},
     ask::{Ask, BucketKey, HeldTokens},
+    attempt::Attempt,
     bucket::{Bucket, Level, Quota, Shortfall},
     cells::{Cell, NOBODY, SEVERAL, Taken, cell, find, hash_at, seconds},
     parents::Parents,
@@ -169,7 +170,7 @@ impl Table {
         let asked = cell.last_used();
         let change = QuotaChange { since: ask.since, asked };
         apart.bring_under(key.hash, &mut cell.bucket, now, change, quota);
-        cell.is_asked(now);
+        cell.is_asked(now, ask.attempt);
         let becomes_regular = room_for_regulars && !cell.regular;
         cell.regular |= becomes_regular;
         self.regulars += usize::from(becomes_regular);
@@ -364,7 +365,7 @@ impl Table {
         who: impl FnOnce() -> Who,
     ) {
         if !self.knows(key) {
-            let ask = Ask { key, quota, since: 0, cost: 0, taker: None };
+            let ask = Ask { key, quota, since: 0, cost: 0, taker: None, attempt: Attempt::Only };
             if let Ok(place) = self.hold(now, &ask, who) {
                 self.settle(&ask, place, 0);
             }
@@ -547,7 +548,8 @@ impl Table {
     }
 }
 
-fn nothing_to_spare() -> Result<(), Duration> {
+/// For who is let pass by tokens alone.
+pub(super) fn nothing_to_spare() -> Result<(), Duration> {
     Err(Duration::MAX)
 }
 
@@ -570,7 +572,7 @@ mod tests {
 
     /// A call that shares its bucket with nobody.
     fn ask(key: BucketKey, quota: Quota, cost: u32) -> Ask {
-        Ask { key, quota, since: 0, cost, taker: None }
+        Ask { key, quota, since: 0, cost, taker: None, attempt: Attempt::Only }
     }
 
     fn heavy(uid: u32) -> Who {

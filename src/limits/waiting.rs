@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    ledger::{Attempt, Ledger},
+    attempt::Attempt,
+    ledger::Ledger,
     patience::{FOR_ATTESTATION, FOR_ROOM, Patience},
     refusal::Refusal,
     slots::AttestationSlot,
@@ -33,7 +34,7 @@ impl WaitOfCall {
 
     /// What its first try is.
     pub(super) fn first(&self) -> Attempt {
-        if self.patience.is_none() { Attempt::Last } else { Attempt::MayWait }
+        if self.patience.is_none() { Attempt::Only } else { Attempt::First }
     }
 
     /// Waits until the tokens should be there that this refusal was for, or there is room: a call that is the `nth` of
@@ -43,8 +44,8 @@ impl WaitOfCall {
         let left = self.left(began).min(self.for_tokens);
         let after = refusal.turn(nth);
         let attempt = tokio::select! {
-            () = ledger.room.returns() => Attempt::MayWait,
-            () = sleep(after.min(left)) => if after < left { Attempt::MayWait } else { Attempt::Last },
+            () = ledger.room.returns() => Attempt::Again,
+            () = sleep(after.min(left)) => if after < left { Attempt::Again } else { Attempt::Last },
         };
         self.for_tokens = self.for_tokens.saturating_sub(between(began, ledger.now()));
         attempt

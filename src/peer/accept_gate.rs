@@ -6,7 +6,7 @@ use http::HeaderMap;
 
 use super::credentials::{Arrival, Peer};
 use crate::{
-    limits::{CallerKey, ConnectionRefusal, holding::Holding, room::Room},
+    limits::{CallerKey, ConnectionRefusal, attempt::Attempt, holding::Holding, room::Room},
     os::headroom::Headroom,
 };
 
@@ -21,20 +21,17 @@ pub trait AcceptGate: Send + Sync + 'static {
         true
     }
 
-    /// Lets a connection in, or not; what refuses it is counted.
+    /// Lets a connection in, or not; what refuses it is counted. One that is refused for want of room
+    /// ([`ConnectionRefusal::is_soft`]) waits a moment and is asked for again, up to the last time: until then that is not
+    /// counted.
     ///
     /// # Errors
     /// [`ConnectionRefusal`]: it is closed, or told why and closed.
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal>;
-
-    /// The same for one that waits a moment and is asked for again where it is refused for want of room
-    /// ([`ConnectionRefusal::is_soft`]): that is not counted.
-    ///
-    /// # Errors
-    /// [`ConnectionRefusal`].
-    fn admit_or_wait(&self, arrival: &Arrival) -> Result<Self::Permit, ConnectionRefusal> {
-        self.admit_connection(arrival)
-    }
+    fn admit_connection(
+        &self,
+        arrival: &Arrival,
+        attempt: Attempt,
+    ) -> Result<Self::Permit, ConnectionRefusal>;
 
     /// One is let in that connected by this socket: its connection begins. By default nothing more is asked.
     fn begins(&self, _permit: &mut Self::Permit, _arrival: &Arrival, _socket: BorrowedFd<'_>) {}
@@ -93,7 +90,7 @@ pub struct AdmitAll;
 impl AcceptGate for AdmitAll {
     type Permit = ();
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+    fn admit_connection(&self, _arrival: &Arrival, _attempt: Attempt) -> Result<(), ConnectionRefusal> {
         Ok(())
     }
 }

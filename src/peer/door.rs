@@ -26,7 +26,9 @@ use super::{
     trim::HeapTrim,
 };
 use crate::{
-    limits::{ConnectionRefusal, budget::HTTP2, holding::Holding, pace::Pace, patience::FOR_ROOM},
+    limits::{
+        ConnectionRefusal, attempt::Attempt, budget::HTTP2, holding::Holding, pace::Pace, patience::FOR_ROOM,
+    },
     os::accept::{Acceptor, Waiting},
     telemetry::registry::Label as _,
 };
@@ -244,12 +246,13 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         let bounds = &self.in_force.bounds;
         let waited_out = self.ends.map_or(waits.until, |ends| waits.until.min(ends));
         let may_wait = now < waited_out && bounds.max_lingering > 0 && !bounds.linger.is_zero();
-        let decided = if may_wait {
-            self.gate.admit_or_wait(&waits.arrival)
-        } else {
-            self.gate.admit_connection(&waits.arrival)
+        let attempt = match (waits.waited, may_wait) {
+            (false, true) => Attempt::First,
+            (false, false) => Attempt::Only,
+            (true, true) => Attempt::Again,
+            (true, false) => Attempt::Last,
         };
-        let why = match decided {
+        let why = match self.gate.admit_connection(&waits.arrival, attempt) {
             Ok(permit) => return self.let_in(waits.arrival, stream, permit, family, now),
             Err(why) => why,
         };
@@ -307,7 +310,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     fn keep(&mut self, one: Kept, now: Instant) {
         for Kept { stream, waits, family } in self.lingering.keep(one, now, &self.in_force.bounds) {
             let Some(RoomWaiter { arrival, .. }) = waits else { continue };
-            let taken = match self.gate.admit_connection(&arrival) {
+            let taken = match self.gate.admit_connection(&arrival, Attempt::Last) {
                 Ok(permit) => self.let_in(arrival, stream, permit, family, now),
                 Err(why) => Err(NotTaken::Refused(why)),
             };

@@ -36,6 +36,8 @@ pub(super) struct RoomWaiter {
     pub(super) since: Instant,
     /// Then it has waited long enough.
     pub(super) until: Instant,
+    /// It was refused, and waits for room since then.
+    pub(super) waited: bool,
     /// It waits for somebody else to leave.
     pub(super) for_place: bool,
     /// It was asked for as there was room, in vain: after that only when it is due.
@@ -69,11 +71,12 @@ type Rank = (usize, u32);
 impl RoomWaiter {
     /// One that was accepted now.
     pub(super) fn new(arrival: Arrival, now: Instant) -> Self {
-        Self { arrival, since: now, until: now + FOR_ROOM, for_place: false, asked: false }
+        Self { arrival, since: now, until: now + FOR_ROOM, waited: false, for_place: false, asked: false }
     }
 
     /// It was refused for this, for want of room.
     pub(super) fn refused(&mut self, why: ConnectionRefusal) {
+        self.waited = true;
         self.for_place = why == ConnectionRefusal::NodeConnections;
         if self.for_place {
             self.until = self.since + FOR_PLACE;

@@ -55,7 +55,7 @@ impl CacheSettings {
             let (takes, fit) = (value.saturating_mul(each), budget / each);
             let why = || {
                 format!(
-                    "takes {takes} bytes when it is full, and {whose} is {budget}: it must be at most {fit}"
+                    "takes {takes} bytes when it is full, and {whose} is {budget}, which has room for {fit}"
                 )
             };
             (takes > budget && set_at(key).is_some()).then(|| BeyondBudget { key, value, why: why() })

@@ -16,6 +16,7 @@ use durward::{
     api::proto::workload as pb,
     limits::{
         CallerKey, ConnectionRefusal,
+        attempt::Attempt,
         room::{Room, Short},
     },
     peer::{
@@ -72,7 +73,7 @@ impl Narrow {
 impl AcceptGate for Narrow {
     type Permit = Place;
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<Place, ConnectionRefusal> {
+    fn admit_connection(&self, _arrival: &Arrival, _attempt: Attempt) -> Result<Place, ConnectionRefusal> {
         self.asked.fetch_add(1, SeqCst);
         if !self.room.is_there() || self.open.load(SeqCst) >= self.places {
             return Err(self.refuses);
@@ -181,7 +182,7 @@ struct Wide;
 impl AcceptGate for Wide {
     type Permit = ();
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+    fn admit_connection(&self, _arrival: &Arrival, _attempt: Attempt) -> Result<(), ConnectionRefusal> {
         Ok(())
     }
 

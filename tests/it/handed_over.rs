@@ -21,7 +21,7 @@ use std::{
 };
 
 use durward::{
-    limits::ConnectionRefusal,
+    limits::{ConnectionRefusal, attempt::Attempt},
     peer::{AcceptGate, Arrival, ConnectionBounds, ConnectionEnd, ConnectionStats, Listener, OsUid, Socket},
 };
 use nix::{
@@ -136,7 +136,7 @@ struct Refusing {
 impl AcceptGate for Refusing {
     type Permit = ();
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+    fn admit_connection(&self, _arrival: &Arrival, _attempt: Attempt) -> Result<(), ConnectionRefusal> {
         if self.now.load(SeqCst) { Err(self.reason) } else { Ok(()) }
     }
 }

@@ -19,6 +19,7 @@ use durward::{
     limits::{
         CallerKey, ConnectionPermit, ConnectionRefusal, Gate, GatePlan, LimitSettings, Limits,
         RejectionStatus,
+        attempt::Attempt,
         budget::{HEAD, HTTP2, PARKED, STREAM, UNSENT, WAITING, kept, unsent},
         holding::{Holding, Notice},
     },
@@ -77,7 +78,11 @@ impl Keeper {
 impl AcceptGate for Keeper {
     type Permit = ConnectionPermit;
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<ConnectionPermit, ConnectionRefusal> {
+    fn admit_connection(
+        &self,
+        _arrival: &Arrival,
+        _attempt: Attempt,
+    ) -> Result<ConnectionPermit, ConnectionRefusal> {
         let permit = self.gate.open(CallerKey::Uid(self.caller.load(SeqCst)))?;
         self.holdings.lock().unwrap().push(Arc::clone(permit.holding()));
         Ok(permit)

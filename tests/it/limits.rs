@@ -13,6 +13,7 @@ use durward::{
         Admitted, Attestations, CallerKey, ConnectionPermit, ConnectionRefusal, ConnectionSettings, Families,
         Gate, GatePlaces, GatePlan, GateRule, GateRules, GateSettings, LimitSettings, Limits, Method,
         NodeQuota, NodeSettings, Refusal, RejectionStatus, SoftLimits, TableSize,
+        attempt::Attempt,
         bucket::{Per, Quota},
         budget::{ADMIN_CONNECTION, HTTP2, NEWCOMER, Pressure, SPARE, connection_at_most},
         caller::{Caller, NthCall},
@@ -177,6 +178,30 @@ async fn the_most_in_a_second_is_known() {
     advance(Duration::from_secs(10)).await;
     let _passed: Result<(), Refusal> = call(&limits, 1, JWT, &[]);
     assert!(most() >= 200, "and stays known");
+}
+
+/// A connection counts once, however often it asks while it waits for room, whatever becomes of it; and each that is let in
+/// counts as that, whether there was a token for it or not.
+#[tokio::test(start_paused = true)]
+async fn a_connection_that_waits_is_counted_once() {
+    use Attempt as A;
+    for (case, short, tries, come, let_in) in [
+        ("let in at once", None, &[A::First][..], 300, 300),
+        ("refused at last", Some(Short::Processor), &[A::First, A::Again, A::Again, A::Last], 300, 200),
+        ("refused at once", Some(Short::Processor), &[A::Only], 300, 200),
+    ] {
+        let limits = limits(&open());
+        let gate = Gate::new(GatePlan::new(&open(), 1 << 20, AMPLE).unwrap(), &limits);
+        if let Some(short) = short {
+            limits.room().set(short, true);
+        }
+        let open = |_| tries.iter().find_map(|attempt| gate.open_on(CallerKey::Uid(1), *attempt).ok());
+        let held: Vec<ConnectionPermit> = (0..come).filter_map(open).collect();
+        let row = gate.report(1).pop().unwrap();
+        let counted = (held.len(), row.used, row.refused, row.most);
+        let passed = usize::try_from(let_in).unwrap();
+        assert_eq!(counted, (passed, let_in, come - let_in, come), "{case}");
+    }
 }
 
 #[test]
@@ -1218,7 +1243,7 @@ async fn who_is_above_its_share_by_a_part_of_a_connection_gives_one_up() {
                 let fits = polite[0].holding().try_hold(4 << 10);
                 fits.then(|| polite[0].holding().release(4 << 10)).is_some()
             } else {
-                gate.open_or_wait(CallerKey::Uid(1)).is_ok()
+                gate.open_on(CallerKey::Uid(1), Attempt::First).is_ok()
             }
         };
         assert!(!asks(), "{keeps}");
@@ -1734,13 +1759,13 @@ fn whoever_may_ask_again_is_told_of_at_the_end() {
     let held: Vec<ConnectionPermit> = (0..20).map_while(|_| gate.open(greedy).ok()).collect();
     gate.out_of_room();
     for _ in 0..3 {
-        assert_eq!(gate.open_or_wait(greedy).err(), Some(ConnectionRefusal::NodeConnections));
+        assert_eq!(gate.open_on(greedy, Attempt::First).err(), Some(ConnectionRefusal::NodeConnections));
         assert_eq!(gate.out_of_room(), []);
     }
     assert_eq!(gate.open(greedy).err(), Some(ConnectionRefusal::NodeConnections));
     assert_eq!(gate.out_of_room().len(), 1);
     drop(held);
-    assert!(gate.open_or_wait(greedy).is_ok(), "once there is room");
+    assert!(gate.open_on(greedy, Attempt::First).is_ok(), "once there is room");
 }
 
 /// Who calls on a new connection each time still holds the last one, as far as the agent knows.

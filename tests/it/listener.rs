@@ -23,7 +23,7 @@ use std::{
 
 use bytes::Bytes;
 use durward::{
-    limits::{CallerKey, ConnectionRefusal, ConnectionSettings},
+    limits::{CallerKey, ConnectionRefusal, ConnectionSettings, attempt::Attempt},
     os::headroom::Headroom,
     peer::{
         AcceptGate, Arrival, BindError, ConnectionBounds, ConnectionEnd, ConnectionService, ConnectionStats,
@@ -631,7 +631,7 @@ impl Drop for Place {
 impl AcceptGate for One {
     type Permit = Place;
 
-    fn admit_connection(&self, arrival: &Arrival) -> Result<Place, ConnectionRefusal> {
+    fn admit_connection(&self, arrival: &Arrival, _attempt: Attempt) -> Result<Place, ConnectionRefusal> {
         assert_eq!(arrival.caller(), CallerKey::Uid(nix::unistd::geteuid().as_raw()));
         if self.0.fetch_add(1, SeqCst) == 0 {
             Ok(Place(Arc::clone(&self.0)))
@@ -722,7 +722,7 @@ struct Shut(Mutex<Option<Headroom>>);
 impl AcceptGate for Shut {
     type Permit = ();
 
-    fn admit_connection(&self, _arrival: &Arrival) -> Result<(), ConnectionRefusal> {
+    fn admit_connection(&self, _arrival: &Arrival, _attempt: Attempt) -> Result<(), ConnectionRefusal> {
         Err(ConnectionRefusal::Blocked)
     }
 

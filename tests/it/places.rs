@@ -220,14 +220,15 @@ async fn validate_tells_what_a_living_agent_holds() {
     let mut agent = Process::of(command, &dir.path().join("out"));
     drop(agent.serving_at(&dir.path().join("run/api.sock"), &dir.path().join("out")).await);
     let said = warnings();
-    for (key, at) in
-        [("data_dir", "data"), ("socket_path", "run/api.sock"), ("admin_socket_path", "private/admin.sock")]
-    {
+    const SYSTEMD: &str = " or by systemd, which holds its socket";
+    for (key, at, or_systemd) in [
+        ("data_dir", "data", ""),
+        ("socket_path", "run/api.sock", SYSTEMD),
+        ("admin_socket_path", "private/admin.sock", SYSTEMD),
+    ] {
         let at = dir.path().join(at);
-        let want = format!(
-            ": agent.{key}: {} is in use now, perhaps by a running agent or by systemd, which holds its socket.",
-            at.display()
-        );
+        let want =
+            format!(": agent.{key}: {} is in use now, perhaps by a running agent{or_systemd}.", at.display());
         assert!(said.contains(&want), "{want}: {said}");
     }
     // Left behind, they are in nobody's way.
@@ -320,6 +321,14 @@ fn who_validates_is_not_who_is_trusted() {
     chown(dir.path(), Some(NEIGHBOUR), None).unwrap();
     let got = by(0, &config);
     assert!(got.status.success(), "{}", text(&got.stderr));
+    // One that is there, and may not be written to.
+    let data = dir.path().join("data");
+    fs::create_dir(&data).unwrap();
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o500)).unwrap();
+    chown(&data, Some(NEIGHBOUR), None).unwrap();
+    let got = by(NEIGHBOUR, &config);
+    let want = format!("user {NEIGHBOUR} cannot make a file in {}: permission denied", data.display());
+    assert!(text(&got.stderr).contains(&want), "{want} in {}", text(&got.stderr));
 
     // Root reads everything, the agent does not.
     for (place, mode) in [("etc/agent.conf", 0o600), ("etc", 0o700), ("etc/entries.d/a.conf", 0o640)] {

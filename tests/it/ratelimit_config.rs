@@ -61,7 +61,7 @@ fn a_cache_that_alone_passes_the_budget_is_an_error_at_its_key() {
             6145,
             limited,
             Err(
-                "takes 25169920 bytes when it is full, and ratelimit.memory.limit is 25165824: it must be at most 6144",
+                "takes 25169920 bytes when it is full, and ratelimit.memory.limit is 25165824, which has room for 6144",
             ),
         ),
         ("as many as fit", JWT, 12_288, limited, Ok(())),
@@ -71,7 +71,7 @@ fn a_cache_that_alone_passes_the_budget_is_an_error_at_its_key() {
             10_000_000,
             limited,
             Err(
-                "takes 20480000000 bytes when it is full, and ratelimit.memory.limit is 25165824: it must be at most 12288",
+                "takes 20480000000 bytes when it is full, and ratelimit.memory.limit is 25165824, which has room for 12288",
             ),
         ),
         ("no limit is set", X509, 10_000_000, "", Ok(())),
