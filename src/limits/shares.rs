@@ -7,9 +7,9 @@
 //! caller that is alone has all of it.
 //!
 //! A share is a promise, and the bucket has to keep it. So a share is reckoned in the time that the bucket takes to refill: of
-//! `n` callers each pays `n` times what a token costs, and all shares together refill as fast as the bucket. Who joins has
-//! of what is in the bucket what is promised to nobody else, up to its part. Where a limit passes calls by their shares
-//! alone ([`Shortfall::PassOwn`]), it begins with all of its part.
+//! `n` callers each pays `n` times what a token costs, and all shares together refill as fast as the bucket. Who joins is
+//! promised no more than the bucket has. Others may be promised the same of it: those who do not come for it leave it. Where a limit
+//! passes calls by their shares alone ([`Shortfall::PassOwn`]), who joins begins with all of its part.
 //!
 //! [`MOST_TAKERS`] have a share each, of what the node shares [`MOST_OF_NODE`]; the others are parted at random into
 //! [`PARTIES`], which have a share each. A family is one taker ([`Families`](super::caller::Families)).
@@ -17,7 +17,6 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
-    accounts::level,
     apart::{KeptApart, QuotaChange},
     bucket::{Bucket, LONGEST, Quota, Shortfall, price},
     caller::CallerKey,
@@ -245,26 +244,13 @@ impl Shares {
         Claim { at, leaves, can_leave, leaves_take, wait: wait.unwrap_or_default() }
     }
 
-    /// The taker whose share this is joins. What the bucket has is promised anew: as much to it as to any other, and to nobody more
-    /// than it was.
+    /// The taker whose share this is joins: it has no more of the bucket than there is.
     fn begin(&mut self, now: u64, common: Common, at: usize) {
         let Common { bucket, quota, .. } = common;
-        let (takers, refill) = (self.active, quota.refill());
-        let all =
-            self.all.iter().enumerate().filter(|(nth, other)| *nth == at || other.is_active(now, quota));
-        let promised =
-            all.map(
-                |(nth, other)| {
-                    if nth == at { refill } else { refill.saturating_sub(other.used(now, quota, takers)) }
-                },
-            );
-        let there_is = bucket.unspent(now, quota).saturating_mul(u64::try_from(takers).unwrap_or(u64::MAX));
-        let most = level(promised, there_is).min(refill);
-        for (nth, share) in self.all.iter_mut().enumerate() {
-            if nth == at || share.is_active(now, quota) {
-                let held = TakerShare::price(share.own.held, quota, takers);
-                share.own.spend(now, quota, (refill - most).saturating_sub(held));
-            }
+        let takers = u64::try_from(self.active).unwrap_or(u64::MAX);
+        let there_is = bucket.unspent(now, quota).saturating_mul(takers);
+        if let Some(share) = self.all.get_mut(at) {
+            share.own.spend(now, quota, quota.refill().saturating_sub(there_is));
         }
     }
 
@@ -587,11 +573,13 @@ mod tests {
         );
     }
 
-    /// One took so many, and another joins: each has of the rest what the other is not promised.
+    /// One took so many, and another joins: of the rest it has its part, which is what the first has not.
     #[test]
     fn who_joins_begins_with_what_there_is_for_it() {
         let (quota, short) = (quota(1.0, 60), Shortfall::Refuse);
-        for (taken, joins, rest) in [(1, 29, 29), (30, 15, 15), (50, 5, 5), (59, 0, 0), (60, 0, 0)] {
+        for (taken, joins, rest) in
+            [(1, 30, 29), (20, 30, 10), (30, 30, 0), (50, 10, 0), (59, 1, 0), (60, 0, 0)]
+        {
             let mut bucket = SharedBucket::default();
             let had = |bucket: &mut SharedBucket, uid, most| {
                 (0..most).take_while(|_| bucket.take(SECOND, quota, 1, taker(uid), short).is_ok()).count()
@@ -622,6 +610,18 @@ mod tests {
         }
         assert_eq!(refused, [(1_000, 2)], "nothing was kept before there was a second one");
         assert!(bucket.left(SECOND + 24 * SECOND, quota, 0) <= 60, "what is not kept is taken");
+    }
+
+    /// Eight ask for less than there is, one after the other.
+    #[test]
+    fn nobody_is_refused_where_all_together_ask_for_less_than_there_is() {
+        let (quota, mut bucket) = (quota(1.0, 60), SharedBucket::default());
+        for (uid, calls) in [(1, 30), (2, 4), (3, 4), (4, 4), (5, 4), (6, 4), (7, 4), (8, 4)] {
+            for call in 0..calls {
+                let taken = bucket.take(SECOND, quota, 1, taker(uid), Shortfall::Refuse);
+                assert_eq!(taken, Ok(()), "{uid}: {call}");
+            }
+        }
     }
 
     /// One that keeps a bucket empty, or that has asked for nothing for long, has no more of it than others.
@@ -713,24 +713,23 @@ mod tests {
             prop_assert!(all <= 7 * burst && passed.iter().all(|passed| *passed <= 2 * burst), "{passed:?}");
         }
 
-        /// A share is a promise: all of them together are of what the bucket has, where who took more owes it to the others.
+        /// Whoever joins is promised no more than the bucket has.
         #[test]
-        fn shares_promise_no_more_than_there_is(
+        fn who_joins_is_promised_no_more_than_there_is(
             burst in 1..50_u32,
             calls in prop::collection::vec((0..20_u32, 1..4_u32, 0..30_000_000_u64), 1..300),
         ) {
             let (quota, mut bucket, mut now) = (quota(10.0, burst), SharedBucket::default(), SECOND);
-            let refill = i128::from(quota.refill());
             for (uid, cost, later) in calls {
                 now += later;
+                let there_is = bucket.bucket.unspent(now, quota);
+                let known = bucket.shares.all.len();
                 let _passed: bool = bucket.take(now, quota, cost, taker(uid), Shortfall::Refuse).is_ok();
-                let shares = &mut bucket.shares;
-                let takers = shares.active;
-                prop_assert_eq!(takers, shares.all.len(), "none of them has left");
-                let promised: i128 =
-                    shares.all.iter().map(|share| refill - i128::from(share.used(now, quota, takers))).sum();
-                let there_is = i128::from(bucket.bucket.unspent(now, quota));
-                prop_assert!(promised <= there_is * i128::try_from(takers).unwrap(), "{promised} of {there_is}");
+                let takers = bucket.shares.active;
+                if let Some(joined) = bucket.shares.all.get(known) {
+                    let promised = quota.refill() - joined.used(now, quota, takers);
+                    prop_assert!(promised <= there_is * u64::try_from(takers).unwrap(), "{promised} of {there_is}");
+                }
             }
         }
 
