@@ -46,6 +46,8 @@ mod confined;
 mod frames;
 #[path = "abuse/part.rs"]
 mod part;
+#[path = "abuse/pins.rs"]
+mod pins;
 #[path = "abuse/polite.rs"]
 mod polite;
 #[path = "raw.rs"]

@@ -12,7 +12,7 @@ use nix::sys::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{calls, close, frames::Called, now, polite, storm, unread};
+use super::{calls, close, frames::Called, now, pins, polite, storm, unread};
 
 /// What it begins with, as JSON in its environment.
 pub(crate) const PART: &str = "DURWARD_ABUSE_PART";
@@ -28,6 +28,8 @@ pub(crate) enum Role {
     ForkBurn,
     Storm,
     Fork,
+    Pin,
+    Pinned,
     Once,
     Nothing,
     Idle,
@@ -72,6 +74,8 @@ impl Part {
             Role::Burn | Role::ForkBurn => part.burn(),
             Role::Storm => storm::storm(&part, &mut tally),
             Role::Fork => storm::fork(&part, &mut tally),
+            Role::Pin => pins::pin(&part, &mut tally),
+            Role::Pinned => pins::pinned(&part),
             Role::Idle => storm::idle(&part, &mut tally),
             Role::SlowRead => storm::slow_read(&part, &mut tally),
             Role::Strangers => storm::strangers(&part, &mut tally),

@@ -106,6 +106,15 @@ pub(crate) const ALL: &[Scenario] = &[
         baseline: Baseline::ForkBurn,
         ..PLAIN
     },
+    Scenario {
+        name: "pins",
+        label: "processes that have ended, held by pidfds",
+        role: Role::Pin,
+        abusers: Crowd::One,
+        workers: Workers::These(4),
+        baseline: Baseline::ForkBurn,
+        ..PLAIN
+    },
     Scenario { name: "idle", label: "10,000 idle connections", role: Role::Idle, number: 2_500, ..PLAIN },
     Scenario { name: "slow", label: "slow readers", role: Role::SlowRead, workers: Workers::Set, ..PLAIN },
     Scenario {
