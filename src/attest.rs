@@ -61,7 +61,7 @@ use self::{
     doubt::{Doubts, SelectorKind},
     k8s::{K8sAttestor, K8sError, K8sSettings},
     long_reads::LongReads,
-    process::{Attestable, Extent, PlacedPeer, ProcDir, Seen},
+    process::{Attestable, Extent, PlacedPeer, ProcDir, Seen, dir_of},
     unix::{Account, UnixAttestor, UnixError, UnixSettings},
 };
 use crate::{
@@ -423,8 +423,9 @@ impl Attestor {
     }
 
     /// Finds out who a process is. Its user and its group are those that connected, which is asked last of all; its
-    /// supplementary groups are read where an entry asks for some, and of few it is believed for a moment that they are those
-    /// that it connected with.
+    /// supplementary groups are read where an entry asks for some or people do, and of few it is believed for a moment that they
+    /// are those that it connected with. For nothing else anything is opened: what the kernel makes for that is charged to the agent,
+    /// and stays as long as anybody has the same opened.
     async fn see<'a>(
         &self,
         process: &'a dyn Attestable,
@@ -436,11 +437,11 @@ impl Attestor {
             return Err(AttestError::OtherPidNamespace);
         }
         let family = self.families.load().group(process.caller());
-        let dir = ProcDir::open(&self.proc_root, pid)?;
+        let dir = dir_of(&self.proc_root, pid);
         let groups = match process.extent() {
             Extent::Asked if !questions.unix.ask_for_groups() => Some(Vec::new()),
             Extent::Asked => groups_at_first(process, now).map(|(groups, _)| groups.to_vec()),
-            Extent::All => None,
+            Extent::All => process.groups_read().map(<[u32]>::to_vec),
         };
         if let Some(groups) = groups {
             return Ok(Seen::as_connected(process, family, dir, groups));
@@ -450,9 +451,9 @@ impl Attestor {
         if connected.is_some_and(|groups| groups.number() > status::MAX_GROUPS) {
             return Err(ProcReadError::TooManyGroups.into());
         }
-        let read = move || dir.status().map(|status| (dir, status));
-        let (dir, status) =
-            self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await?;
+        let process_dir = dir.clone();
+        let read = move || ProcDir::open(process_dir)?.status();
+        let status = self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await?;
         Seen::of(process, family, dir, status)
     }
 
@@ -478,12 +479,9 @@ impl Attestor {
             last.questions == questions.number && Arc::ptr_eq(&last.settings, &questions.settings)
         };
         let Some(last) = last.filter(fits) else { return Ok(None) };
-        if !last.evidence.is_empty() {
-            let dir = ProcDir::open(&self.proc_root, process.pid())?;
-            for evidence in &last.evidence {
-                if !evidence.holds(&dir).await {
-                    return Ok(None);
-                }
+        for evidence in &last.evidence {
+            if !evidence.holds(&dir_of(&self.proc_root, process.pid())).await {
+                return Ok(None);
             }
         }
         process.is_alive()?;
@@ -913,6 +911,37 @@ mod tests {
         attestor.subject(&connected_with(status::MAX_GROUPS + 1), &nothing()).await.unwrap();
     }
 
+    /// What the kernel makes for an open `/proc/PID` is charged to the agent, and whoever opens the same keeps it.
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_opened_of_a_process_of_which_nothing_is_to_be_read() {
+        // Nothing can be opened here.
+        let none = tempfile::tempdir().unwrap();
+        let attestor = Attestor { proc_root: none.path().into(), ..attestor("user-with-groups") };
+        let discovers = UnixSettings { discover_workload_path: true, ..UnixSettings::default() };
+        attestor.reload(AttestSettings {
+            unix: AttestorBlock { enabled: true, optional: false, settings: discovers },
+            ..AttestSettings::default()
+        });
+        for (case, asked, after, opens) in [
+            ("no entry", "", 0, false),
+            ("its user", "unix:uid:1000", 5000, false),
+            ("its user and group", "unix:uid:1000 unix:gid:1001", 5000, false),
+            ("another user's executable", "unix:uid:7 unix:path:/bin/web", 5000, false),
+            ("its own executable", "unix:uid:1000 unix:path:/bin/web", 5000, true),
+            ("a group, as it connects", "unix:supplementary_gid:9", 999, false),
+            ("a group, later", "unix:supplementary_gid:9", 1000, true),
+        ] {
+            let entries = (!asked.is_empty()).then(|| Entry::asking(asked));
+            let questions = attestor.prepare_for(&Arc::new(EntryIndex::new(entries)));
+            for pid in 1..=50 {
+                let process = Fixture { new_since: Some(Instant::now()), ..fixture(pid, (1000, 1001)) };
+                tokio::time::advance(Duration::from_millis(after)).await;
+                let attested = attestor.subject(&process, &questions).await;
+                assert_eq!(attested.is_err(), opens, "{case}: {attested:?}");
+            }
+        }
+    }
+
     /// Who connected a moment ago in few groups is not read: it is in those.
     #[tokio::test(start_paused = true)]
     async fn for_a_second_a_process_is_in_the_groups_that_it_connected_with() {
@@ -951,7 +980,7 @@ mod tests {
         for _ in 0..2 {
             attestor.subject(&process, &nothing).await.unwrap();
         }
-        attestor.subject(&fixture(4099, (1000, 1001)), &nothing).await.unwrap_err();
+        attestor.subject(&fixture(4099, (1000, 1001)), &a_group(&attestor)).await.unwrap_err();
         let text = metrics.render();
         for line in [
             r#"durward_attestation_duration_seconds_count{attestor="unix"} 1"#,

@@ -16,7 +16,7 @@
 //! | [`config`] | `agent.conf`: the file as written, then checked in full; what a reload changes | its files, where only root and the agent's user can have put them |
 //! | [`api`] | the gRPC services: the typed way of a call, and the one map of errors to codes | nothing a request says but what it asks for |
 //! | [`store`] | the [`Snapshot`](store::Snapshot) a request sees, its only writer, who is entitled to what, and the caches of SVIDs | the issuer and the configuration |
-//! | [`attest`] | from an [`Admitted`](limits::Admitted) caller to its selectors | the kernel, through `/proc`, while the process lives; the kubelet, once its certificate was verified |
+//! | [`attest`] | from an [`Admitted`](limits::Admitted) caller to its selectors | the kernel, through the socket, and through `/proc` where an entry asks for what is told there alone, while the process lives; the kubelet, once its certificate was verified |
 //! | [`peer`] | accept, park, HTTP/2, drain; who is at the other end, and who writes | SO_PEERCRED, SO_PEERPIDFD and SCM_CREDENTIALS, not a byte that is sent |
 //! | [`issuer`] | who signs, and where entries and bundles come from: the embedded CA | its own files, once their owner and mode were checked, and who owns the directories above |
 //! | [`limits`] | who may connect and call how often | the caller key that was resolved at accept |

@@ -55,12 +55,20 @@ impl From<ConnectionPermit> for PlaceAtGate {
 
 impl AuditedGate {
     fn refused(&self, arrival: &Arrival, why: ConnectionRefusal) {
+        let Credentials { uid, pid, .. } = arrival.credentials();
+        if arrival.is_shown() {
+            self.gate.was_shown_in_vain(CallerKey::Uid(uid.as_raw()), pid.as_raw().unsigned_abs());
+        }
         self.audit.not_let_in(AuditedProcess::arrived(arrival), why);
     }
 }
 
 impl AcceptGate for AuditedGate {
     type Permit = PlaceAtGate;
+
+    fn may_ask_after_process(&self, user: CallerKey) -> bool {
+        self.gate.may_show_processes(user)
+    }
 
     fn admit_connection(
         &self,
@@ -75,7 +83,8 @@ impl AcceptGate for AuditedGate {
     }
 
     fn begins(&self, place: &mut PlaceAtGate, arrival: &Arrival, socket: BorrowedFd<'_>) {
-        let Credentials { uid, gid, .. } = arrival.credentials();
+        let Credentials { uid, gid, pid } = arrival.credentials();
+        self.gate.shows(&place.permit, pid.as_raw().unsigned_abs());
         let groups = || {
             let mut groups = peer_groups(&socket)?;
             groups.push(gid.as_raw());
@@ -100,7 +109,7 @@ impl AcceptGate for AuditedGate {
 
     fn answer(&self, caller: CallerKey, why: ConnectionRefusal) -> Option<HeaderMap> {
         let wait = self.gate.wait(caller, why);
-        status::refused_connection(why, wait, self.gate.rejection_status())
+        status::refused_connection(why, wait, self.gate.rejection_status(), self.gate.places())
     }
 
     fn answer_unidentified(&self) -> Option<HeaderMap> {
@@ -161,7 +170,7 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
 ///
 /// # Errors
 /// [`RoomError`].
-pub fn room_for(config: &Config) -> Result<Vec<String>, RoomError> {
+pub fn room_for(config: &Config) -> Result<Vec<BeyondBudget>, RoomError> {
     let means = Means::of_this_process(http_listeners(config));
     means.fit(config).map(|_| means.in_force(config).wrong)
 }
@@ -260,7 +269,8 @@ impl Means {
         // A cache gives way when memory is short, and whoever comes from spire-agent may have set one of any size.
         let of_caches = config.caches.beyond(bytes, whose, set_at(config)).into_iter();
         in_force.wrong.extend(of_caches.map(|BeyondBudget { key, value, why }| {
-            format!("{key} {value}: {why} (it is emptied whenever memory is short)")
+            let why = format!("{why} (it is emptied whenever memory is short)");
+            BeyondBudget { key, value, why }
         }));
         in_force
     }
@@ -282,14 +292,13 @@ impl Means {
         Ok(Fitted { budget, limits, gate })
     }
 
-    /// What is set that the budget can never give, each with its place. That it is beyond a budget that nobody chose is
-    /// [said](LimitsInForce::wrong), and no error: what fits counts.
+    /// What is set that the limit of the cgroup can never give, each with its place. Beyond a budget that is set nothing is read;
+    /// that it is beyond one that nobody chose is [said](LimitsInForce::wrong), and no error: what fits counts.
     fn beyond(self, config: &Config, budget: MemoryBudget) -> Option<ConfigErrors> {
-        let whose = match budget.from {
-            BudgetFrom::Set => "memory.limit",
-            BudgetFrom::Cgroup => "the memory limit of the cgroup",
-            BudgetFrom::Machine => return None,
-        };
+        if budget.from != BudgetFrom::Cgroup {
+            return None;
+        }
+        let whose = "the memory limit of the cgroup";
         let beyond = config.ratelimit.beyond(budget.bytes, whose, set_at(config));
         let errors = beyond.into_iter().filter_map(|BeyondBudget { key, value, why }| {
             let KeyPlace { file, line, column } = config.set_at.of_key(key)?.clone();

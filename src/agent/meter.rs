@@ -3,10 +3,9 @@
 //! The kernel adds up what is in a cgroup's memory when it is asked, which may take a while, so a thread of its own asks;
 //! who needs the figures takes the last ones. Processor time is looked at where nothing waits for anybody.
 //!
-//! What can be dropped does not count as used: pages of files, and what the kernel keeps of the names it has looked up. Those
-//! of a caller's process in `/proc` are charged to the agent as long as that process lives, 1.7 KiB of each that ever called,
-//! so that they would fill a small budget. The kernel does not say how much that is: it is what is left of its part when
-//! all else that it may keep for this process is reckoned as its most.
+//! What can be dropped does not count as used: pages of files. What the kernel keeps of the names of callers' processes it may
+//! not be able to drop, so that callers [hold](crate::limits::names) it. It does not say how much that is: it is what is left of its
+//! part when all else that it may keep for this process is reckoned as its most.
 
 use std::{
     io,
@@ -30,7 +29,7 @@ use crate::{
     os::{
         cgroup::{ChargedParts, OwnCgroup},
         clock::{processor_time, sleep_to_beat},
-        membarrier::grace_period,
+        membarrier::{KEPT_OF_FILE, grace_period},
         open_files::open_files,
         run_delay::RunDelay,
     },
@@ -48,9 +47,6 @@ const OFTEN: Duration = Duration::from_millis(50);
 const A_LITTLE: u32 = 20;
 /// How the names of the threads that serve callers begin: the runtime's own word.
 const SERVING: &str = "tokio-rt";
-/// What the kernel keeps of each open file at most, a socket's inode and name with it, in bytes; and of each that was closed, until a
-/// grace period of RCU has passed. Measured: 1,257 of a socket, and less of a pidfd.
-const FILE: u64 = 1536;
 /// Of a connection there are two files: its socket and its process's.
 const FILES_OF_CONNECTION: u64 = 2;
 /// What the kernel keeps of this process without callers at most, in bytes: its threads' stacks, its page tables, its own files.
@@ -58,8 +54,6 @@ const FILES_OF_CONNECTION: u64 = 2;
 const OF_PROCESS: u64 = 2 << 20;
 /// Fewer bytes of names are not worth a wait for a grace period.
 const WORTH_A_WAIT: u64 = 256 * 1024;
-/// A grace period by time, where the kernel does not tell.
-const BY_TIME: Duration = Duration::from_millis(100);
 /// What the thread may need of a stack, in bytes.
 const STACK: usize = 64 * 1024;
 
@@ -102,8 +96,6 @@ struct MeteredCgroup {
     alone: AtomicBool,
     files: AtomicU64,
     kernel: AtomicU64,
-    /// Of the kernel's part, what it can drop.
-    names: AtomicU64,
     thread: OnceLock<Thread>,
 }
 
@@ -111,15 +103,15 @@ struct MeteredCgroup {
 #[derive(Clone, Copy, Debug)]
 struct KernelUse {
     files: u64,
-    /// Bytes that are held for callers, unread answers in the kernel among them.
+    /// Bytes that connections hold, unread answers in the kernel among them.
     held: u64,
 }
 
 impl KernelUse {
-    /// What of the kernel's part is neither for these nor the process's own: names that it has looked up, which it drops before
-    /// it kills anybody. No more than there is of them, whatever callers do.
+    /// What of the kernel's part is neither for these nor the process's own: names that it has looked up. No more than there is of
+    /// them, whatever callers do.
     fn names(self, parts: ChargedParts) -> u64 {
-        let of_files = self.files.saturating_mul(FILE);
+        let of_files = self.files.saturating_mul(KEPT_OF_FILE);
         match parts.reclaimable {
             Some(slabs) => slabs.min(parts.kernel).saturating_sub(of_files),
             None => [of_files, self.held, OF_PROCESS].into_iter().fold(parts.kernel, u64::saturating_sub),
@@ -133,29 +125,29 @@ impl MeteredCgroup {
         let parts = self.cgroup.parts()?;
         self.files.store(parts.droppable, Relaxed);
         self.kernel.store(parts.kernel, Relaxed);
-        self.names.store(self.names(parts).unwrap_or(0), Relaxed);
+        self.gate.names_are(self.names(parts).unwrap_or(0));
         Some(())
     }
 
-    /// What of the kernel's part are names that nobody needs.
+    /// What connections hold.
+    fn held(&self) -> u64 {
+        let memory = self.gate.memory();
+        memory.held.saturating_sub(memory.names)
+    }
+
+    /// What of the kernel's part are names.
     fn names(&self, parts: ChargedParts) -> Option<u64> {
-        let use_now = KernelUse { files: open_files()?, held: self.gate.memory().held };
+        let use_now = KernelUse { files: open_files()?, held: self.held() };
         if use_now.names(parts) < WORTH_A_WAIT {
             return Some(0);
         }
         // Of what was closed before, the kernel may keep something yet.
         let accepted = self.connections.accepted();
-        if grace_period().is_err() {
-            let until = Instant::now() + BY_TIME;
-            // Whoever calls first wakes it.
-            while Instant::now() < until {
-                thread::park_timeout(until.saturating_duration_since(Instant::now()));
-            }
-        }
+        grace_period();
         let parts = self.cgroup.parts()?;
         let came = self.connections.accepted().saturating_sub(accepted);
         let files = use_now.files.saturating_add(came.saturating_mul(FILES_OF_CONNECTION));
-        let held = use_now.held.max(self.gate.memory().held);
+        let held = use_now.held.max(self.held());
         Some(KernelUse { files, held }.names(parts))
     }
 }
@@ -175,7 +167,6 @@ impl MemoryMeter {
                 alone: AtomicBool::new(false),
                 files: AtomicU64::new(0),
                 kernel: AtomicU64::new(0),
-                names: AtomicU64::new(0),
                 thread: OnceLock::new(),
             })
         });
@@ -221,10 +212,8 @@ impl MemoryMeter {
     /// What is charged to the cgroup by now, if it is the agent's alone.
     pub(super) fn charged(&self) -> Option<ChargedMemory> {
         let metered = self.metered.as_ref().filter(|metered| metered.alone.load(Relaxed))?;
-        let [files, kernel, names] =
-            [&metered.files, &metered.kernel, &metered.names].map(|known| known.load(Relaxed));
-        let used = metered.cgroup.charged()?.saturating_sub(files).saturating_sub(names);
-        Some(ChargedMemory { used, kernel: kernel.saturating_sub(names) })
+        let [files, kernel] = [&metered.files, &metered.kernel].map(|known| known.load(Relaxed));
+        Some(ChargedMemory { used: metered.cgroup.charged()?.saturating_sub(files), kernel })
     }
 }
 

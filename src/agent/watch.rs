@@ -225,11 +225,14 @@ impl Watch {
     /// Says who was refused for want of room.
     fn tell_of_refusal(&self, refused: &OutOfRoom) {
         let OutOfRoom { caller, head, refusal, held, share } = *refused;
-        if self.complaints.note(head, refusal.text(), Instant::now()).is_none() {
+        let short_of = match refusal {
+            ConnectionRefusal::Descriptors => self.gate.places(),
+            refusal => refusal.text(),
+        };
+        if self.complaints.note(head, short_of, Instant::now()).is_none() {
             return;
         }
         let caller = self.gate.holder(caller);
-        let short_of = refusal.text();
         let limit = match refusal {
             ConnectionRefusal::Memory | ConnectionRefusal::MemoryTaken => "memory limit",
             ConnectionRefusal::Processor => {
@@ -272,10 +275,12 @@ impl Watch {
         }
     }
 
-    /// The key of a bucket; of what the node is short of, a family is one.
-    fn key_text(&self, stage: Stage, name: &BucketName) -> String {
+    /// The key of a bucket. A family is one: of what the node is short of, those who have connections, and else those who are
+    /// refused.
+    fn key_text(&self, stage: Stage, name: &BucketName, with_family: bool) -> String {
         match name {
             BucketName::Caller(caller) if stage == Stage::Node => self.gate.holder(*caller).to_string(),
+            name if with_family => format!("{name} and others of its range"),
             name => name.to_string(),
         }
     }
@@ -320,7 +325,7 @@ impl Watch {
         }
         for event in self.limits.events() {
             match event {
-                Event::Refusing { what, times, takings } => {
+                Event::Refusing { what, with_family, times, takings } => {
                     let WhatIsRefused { stage, name, method, reason, origin } = what;
                     let told = |count: fn(&Taking) -> u32| {
                         Some(foremost(&takings, count)).filter(|told| !told.is_empty())
@@ -343,7 +348,7 @@ impl Watch {
                     // Nothing else makes a default refuse a call.
                     let short_of = by_default.is_some_and(|it| it).then(|| Short::Processor.text());
                     let limit = limit_by(reason);
-                    let key = self.key_text(stage, &name);
+                    let key = self.key_text(stage, &name, with_family);
                     let (stage, reason, method) = (stage.text(), reason.text(), method.map(Method::rpc));
                     tracing::warn!(
                         stage,
@@ -361,8 +366,8 @@ impl Watch {
                         "{limit}: caller is being refused"
                     );
                 }
-                Event::RefusalEnded { what, count } => {
-                    let key = self.key_text(what.stage, &what.name);
+                Event::RefusalEnded { what, with_family, count } => {
+                    let key = self.key_text(what.stage, &what.name, with_family);
                     let limit = limit_by(what.reason);
                     tracing::info!(
                         stage = what.stage.text(),

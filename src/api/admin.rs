@@ -301,7 +301,7 @@ impl AdminParts {
     }
 
     fn memory(&self) -> pb::Memory {
-        let MemoryStanding { budget, held, used, pressure: now } = self.gate.memory();
+        let MemoryStanding { budget, held, used, pressure: now, .. } = self.gate.memory();
         let (cgroup, kernel) = (self.charged)().unzip();
         let pressure = pressure(now).to_owned();
         pb::Memory { pressure, budget, resident: heap::resident(), used, held, cgroup, kernel }
@@ -335,7 +335,7 @@ impl AdminParts {
     }
 
     async fn explained(&self, pid: i32) -> Result<pb::ExplainResponse, InspectError> {
-        let process = self.attestor.inspect(pid)?;
+        let process = self.attestor.inspect(pid).await?;
         // Before the attestor, which asks last whether the process still lives.
         let (caller, source) = self.keys.explain(process.pid(), process.uid());
         let process = process.within(source.place());

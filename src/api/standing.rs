@@ -137,7 +137,7 @@ impl AgentStanding {
             budget_from: limits.budget_from.to_owned(),
             millicores: limits.millicores,
             dry_run: limits.dry_run,
-            limits_wrong: limits.wrong,
+            limits_wrong: limits.wrong.iter().map(ToString::to_string).collect(),
             streams: self.connections.streams(),
             parked: self.connections.parked(),
             surroundings: self.found_in_spite_of(),

@@ -232,17 +232,20 @@ impl From<RequestError> for Status {
 const COME_BACK: Duration = Duration::from_secs(1);
 
 /// What the first call on a refused connection is told: the headers of an answer that ends with them. `None` where nobody is
-/// there to be told. Limits that an admin set are told with `limits`; `wait` is when one may come back, if that is known.
+/// there to be told. Limits that an admin set are told with `limits`; `wait` is when one may come back, if that is known; `places`
+/// are what each connection takes one of.
 pub fn refused_connection(
     why: ConnectionRefusal,
     wait: Option<Duration>,
     limits: RejectionStatus,
+    places: &str,
 ) -> Option<HeaderMap> {
     use ConnectionRefusal as R;
     let limit = match limits {
         RejectionStatus::ResourceExhausted => Code::ResourceExhausted,
         RejectionStatus::Unavailable => Code::Unavailable,
     };
+    let short_of_places = format!("the agent is short of {places}, and this caller has its share of them");
     let (code, text) = match why {
         R::Unidentified | R::NotOwner | R::AdminConnections => return None,
         R::Blocked => (limit, "rate limit exceeded: ratelimit.gate blocks this caller"),
@@ -258,13 +261,10 @@ pub fn refused_connection(
              allows",
         ),
         R::NodeConnections => (Code::Unavailable, "the agent has reached its limit of connections"),
-        R::Descriptors => {
-            (Code::Unavailable, "the agent is short of connections, and this caller has its share of them")
+        R::Descriptors => (Code::Unavailable, short_of_places.as_str()),
+        R::Memory => {
+            (Code::Unavailable, "the agent is short of memory, and this caller holds its share of it")
         }
-        R::Memory => (
-            Code::Unavailable,
-            "the agent is short of memory, and this caller's connections hold its share of it",
-        ),
         R::MemoryTaken => (
             Code::Unavailable,
             "the agent is out of memory: others hold it, and take what is set aside for callers that hold little",

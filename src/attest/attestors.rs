@@ -5,6 +5,7 @@
 
 use std::{
     fmt::{self, Display},
+    path::Path,
     sync::{Arc, LazyLock},
     time::{Duration, Instant as StdInstant},
 };
@@ -12,11 +13,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
-use super::{
-    AttestorError, AttestorName, Questions,
-    doubt::SelectorKind,
-    process::{ProcDir, Seen},
-};
+use super::{AttestorError, AttestorName, Questions, doubt::SelectorKind, process::Seen};
 use crate::{
     hcl::{
         section::{Section, nearest},
@@ -199,8 +196,8 @@ pub(super) fn not_in_use(attestor: &str) -> String {
 
 /// What findings rest on, as far as it may change while the process lives.
 pub(super) trait Evidence: Send + Sync {
-    /// Whether it is certainly as it was; `dir` is the directory of the process.
-    fn holds<'a>(&'a self, dir: &'a ProcDir) -> BoxFuture<'a, bool>;
+    /// Whether it is certainly as it was; `dir` is the `/proc/PID` of the process.
+    fn holds<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, bool>;
 }
 
 /// What all attestors found of one process.

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     AttestError, Attestor, AttestorError, AttestorSaid, Questions, Subject, doubted,
-    process::{Attestable, Extent, ProcDir},
+    process::{Attestable, Extent, ProcDir, dir_of},
 };
 use crate::{
     limits::CallerKey,
@@ -31,6 +31,7 @@ pub struct Inspected {
     pid: Pid,
     pidfd: Pidfd,
     owner: Owner,
+    groups: Vec<u32>,
     place: Option<PodPlace>,
     command: String,
 }
@@ -127,6 +128,10 @@ impl Attestable for Inspected {
         }
     }
 
+    fn groups_read(&self) -> Option<&[u32]> {
+        Some(&self.groups)
+    }
+
     fn extent(&self) -> Extent {
         Extent::All
     }
@@ -147,7 +152,7 @@ impl Attestor {
     ///
     /// # Errors
     /// [`InspectError`].
-    pub fn inspect(&self, pid: i32) -> Result<Inspected, InspectError> {
+    pub async fn inspect(&self, pid: i32) -> Result<Inspected, InspectError> {
         let no_process = InspectError::NoProcess(pid);
         if pid <= 0 {
             return Err(no_process);
@@ -160,10 +165,11 @@ impl Attestor {
             Err(errno) => return Err(InspectError::Pidfd { pid: raw, source: errno.into() }),
         };
         let failed = |source| InspectError::attest(pid, source);
-        let seen = ProcDir::open(&self.proc_root, pid).and_then(|dir| Ok((dir.status()?, dir.command()?)));
-        let (status, command) = seen.map_err(|error| failed(error.into()))?;
+        let dir = dir_of(&self.proc_root, pid);
+        let read = || ProcDir::open(dir).and_then(|dir| Ok((dir.status()?, dir.command()?)));
+        let (status, command) = self.long_reads.read_for_people(read).await.map_err(failed)?;
         let owner = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
-        let found = Inspected { pid, pidfd, owner, place: None, command };
+        let found = Inspected { pid, pidfd, owner, groups: status.groups, place: None, command };
         found.is_alive().map_err(failed)?;
         Ok(found)
     }
@@ -214,8 +220,14 @@ mod tests {
         let mut child = Command::new(program).arg("600").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         // The kernel gives it that name a moment after spawn has returned.
-        let mut looks = (0..100_000).map(|_| attestor.inspect(pid).unwrap());
-        let found = looks.find(|found| found.command() == "\u{fffd}").expect("it has its name");
+        let mut found = attestor.inspect(pid).await.unwrap();
+        for _ in 0..100_000 {
+            if found.command() == "\u{fffd}" {
+                break;
+            }
+            found = attestor.inspect(pid).await.unwrap();
+        }
+        assert_eq!(found.command(), "\u{fffd}", "it has its name");
         assert_eq!((found.uid(), found.gid()), (nix::unistd::geteuid(), nix::unistd::getegid()));
         let subject = attestor.describe(&found, &Questions::default()).await.unwrap().subject;
         let uid = format!("unix:uid:{}", found.uid());
@@ -226,7 +238,7 @@ mod tests {
         let gone = attestor.describe(&found, &Questions::default()).await.unwrap_err();
         assert!(matches!(gone, InspectError::NoProcess(it) if it == pid), "{gone}");
         for nobody in [pid, 0, -1, i32::MAX] {
-            let err = attestor.inspect(nobody).unwrap_err();
+            let err = attestor.inspect(nobody).await.unwrap_err();
             assert_eq!(err.to_string(), format!("there is no process {nobody}"));
         }
     }

@@ -6,7 +6,8 @@
 //! the threads that serve for a while ([`OF_LATE`]), one process at a time, and after one that was slow there is a rest. So all
 //! reads in vain of known families together take about a hundredth of a core. Until that rest is over others are read beside
 //! those threads too, though none waits for it: there may be many such families, and whose the next is nobody knows. So a thread
-//! that serves is stopped once in a rest, by whomever.
+//! that serves is stopped once in a rest, by whomever. A process that people ask about is always read beside them, in a place that
+//! no caller takes.
 //!
 //! A thread of the lowest priority would be no better: a kernel that is not preempted in its own code (PREEMPT_NONE, as servers
 //! have it) lets nobody else run on that processor until the file is written, whoever reads.
@@ -64,6 +65,7 @@ pub(super) struct LongReads {
     any: AtomicBool,
     turn: Arc<Semaphore>,
     beside: Arc<Semaphore>,
+    for_people: Arc<Semaphore>,
 }
 
 impl Default for LongReads {
@@ -74,6 +76,7 @@ impl Default for LongReads {
             any: AtomicBool::new(false),
             turn: places(1),
             beside: places(BESIDE),
+            for_people: places(1),
         }
     }
 }
@@ -125,13 +128,11 @@ impl LongReads {
         };
         let mut way = self.way(family)?;
         if let ReadWay::Beside = way {
-            let beside = place_in(&self.beside, patience).await.ok_or(AttestError::Crowded)?;
+            let place = place_in(&self.beside, patience).await.ok_or(AttestError::Crowded)?;
             // Meanwhile another of its family may have been read.
             way = self.way(family)?;
             if !matches!(way, ReadWay::InTurn(_)) {
-                // Its place lasts as long as the read, whether anybody still waits or not.
-                let read = move || (read(), beside).0.0;
-                return Ok(spawn_blocking(read).await.map_err(|_ended| AttestError::Crowded)??);
+                return Ok(beside(place, move || read().0).await.ok_or(AttestError::Crowded)??);
             }
         }
         let ReadWay::InTurn(place) = way else { return Ok(read().0?) };
@@ -150,6 +151,18 @@ impl LongReads {
             drop(turn);
         }));
         Ok(told.await.map_err(|_ended| AttestError::ManyGroups)??)
+    }
+
+    /// Has `read` read a process that people ask about, whosever it is.
+    ///
+    /// # Errors
+    /// What `read` says; [`AttestError::Crowded`] where others are read for people as long as an attestation may take.
+    pub(super) async fn read_for_people<T: Send + 'static>(
+        &self,
+        read: impl FnOnce() -> Result<T, ProcReadError> + Send + 'static,
+    ) -> Result<T, AttestError> {
+        let place = place_in(&self.for_people, PATIENCE).await.ok_or(AttestError::Crowded)?;
+        Ok(beside(place, read).await.ok_or(AttestError::Crowded)??)
     }
 
     /// How a process of `family` is read.
@@ -198,6 +211,15 @@ impl LongReads {
     fn families(&self) -> MutexGuard<'_, SlowFamilies> {
         self.families.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Reads beside the threads that serve. The place lasts as long as that, whether anybody still waits or not. `None` where the agent
+/// ends.
+async fn beside<T: Send + 'static>(
+    place: OwnedSemaphorePermit,
+    read: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
+    spawn_blocking(move || (read(), place).0).await.ok()
 }
 
 /// One of these places, where there is one soon enough.
@@ -324,6 +346,18 @@ mod tests {
         }
         assert!(refused >= 20 - BESIDE - usize::from(PLACES), "{refused} found no place");
         assert_eq!(stopped.load(Relaxed), 1, "within the rest nobody is stopped");
+    }
+
+    /// What people ask about stops no thread that serves, and neither waits for callers nor takes their places.
+    #[tokio::test]
+    async fn what_people_ask_about_is_read_beside_all_others() {
+        let reads = LongReads::default();
+        let here = std::thread::current().id();
+        let _taken = (reads.turn.acquire().await, reads.beside.acquire_many(2).await);
+        let elsewhere = reads.read_for_people(move || Ok(std::thread::current().id() != here)).await;
+        assert!(elsewhere.unwrap());
+        assert!(matches!(reads.read_for_people(too_many).await, Err(AttestError::Status(_))));
+        assert!(!reads.any.load(Relaxed), "whatever it was, no caller is read otherwise for it");
     }
 
     #[tokio::test]

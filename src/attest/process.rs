@@ -1,6 +1,6 @@
 //! What attestors may know of a process: who connected, and what is read in its `/proc/PID`.
 //!
-//! The order is the safety. The directory `/proc/PID` is opened once and everything is read relative to it; the
+//! The order is the safety. What has to be read is read relative to a directory `/proc/PID` that was opened for it; the
 //! process's effective user and group must be those that connected; and [`super::Attestor`] asks last whether the
 //! process lives. One that does had its PID all the while.
 
@@ -60,6 +60,10 @@ pub(super) trait Attestable: Sync {
     }
     /// When it was let in, where it may be believed for a moment that it is as it was then.
     fn new_since(&self) -> Option<Instant> {
+        None
+    }
+    /// Its supplementary groups, where they were read already.
+    fn groups_read(&self) -> Option<&[u32]> {
         None
     }
     /// How much is to be found out of it.
@@ -166,12 +170,13 @@ impl Attestable for PlacedPeer<'_> {
     }
 }
 
-/// A process whose `/proc/PID` is open and who is of the user and group that connected.
+/// A process that is of the user and group that connected.
 pub(super) struct Seen<'a> {
     pub(super) process: &'a dyn Attestable,
     /// The process and whoever shares its places: what is shared by all is shared by families.
     pub(super) family: u64,
-    pub(super) dir: ProcDir,
+    /// Its `/proc/PID`, which who needs it opens.
+    pub(super) dir: PathBuf,
     pub(super) status: ProcStatus,
 }
 
@@ -188,7 +193,7 @@ impl<'a> Seen<'a> {
     pub(super) fn of(
         process: &'a dyn Attestable,
         family: u64,
-        dir: ProcDir,
+        dir: PathBuf,
         status: ProcStatus,
     ) -> Result<Self, AttestError> {
         let now = Owner { uid: Uid::from_raw(status.uid), gid: Gid::from_raw(status.gid) };
@@ -204,7 +209,7 @@ impl<'a> Seen<'a> {
     pub(super) fn as_connected(
         process: &'a dyn Attestable,
         family: u64,
-        dir: ProcDir,
+        dir: PathBuf,
         groups: Vec<u32>,
     ) -> Self {
         let Owner { uid, gid } = process.owner();
@@ -226,6 +231,11 @@ impl<'a> Seen<'a> {
     }
 }
 
+/// The `/proc/PID` of the process that has this PID now.
+pub(super) fn dir_of(root: &Path, pid: Pid) -> PathBuf {
+    root.join(pid.to_string())
+}
+
 /// An open `/proc/PID`. It stays the directory of the process that had the PID when it was opened.
 pub(super) struct ProcDir {
     pub(super) fd: OwnedFd,
@@ -233,19 +243,11 @@ pub(super) struct ProcDir {
 }
 
 impl ProcDir {
-    /// Opens the directory of the process that has this PID now.
-    ///
-    /// # Errors
-    /// [`ProcReadError::Gone`] when there is none, else [`ProcReadError::Read`].
-    pub(super) fn open(root: &Path, pid: Pid) -> Result<Self, ProcReadError> {
-        Self::at(root.join(pid.to_string()))
-    }
-
     /// Opens this directory, which is that of the process that has its PID now.
     ///
     /// # Errors
     /// [`ProcReadError::Gone`] when there is none, else [`ProcReadError::Read`].
-    pub(super) fn at(path: PathBuf) -> Result<Self, ProcReadError> {
+    pub(super) fn open(path: PathBuf) -> Result<Self, ProcReadError> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         match open(&path, flags, Mode::empty()) {
             Ok(fd) => Ok(Self { fd, path }),
@@ -308,11 +310,6 @@ impl ProcDir {
         Ok(String::from_utf8_lossy(name).into_owned())
     }
 
-    /// Its path.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The path under which the agent reaches one of its files: for messages.
     pub(super) fn path_of(&self, name: &str) -> PathBuf {
         self.path.join(name)
@@ -351,7 +348,7 @@ mod tests {
             let text =
                 format!("Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t1\t2\t3\t4\nGroups:\t{listed}\nVmPeak:\t0 kB\n");
             std::fs::write(dir.path().join("status"), &text).unwrap();
-            let status = ProcDir::at(dir.path().to_owned()).unwrap().status();
+            let status = ProcDir::open(dir.path().to_owned()).unwrap().status();
             let known = status.as_ref().is_ok_and(|status| (status.uid, &status.groups) == (2, &groups));
             assert_eq!(known, is_read, "{} groups, {} bytes: {:?}", groups.len(), text.len(), status.err());
         }

@@ -424,7 +424,7 @@ fn held_text(memory: &pb::Memory) -> String {
     let cgroup = memory.cgroup.zip(memory.kernel).map_or_else(String::new, |(all, kernel)| {
         format!("; cgroup {}, of which kernel {}", mebibytes(all), mebibytes(kernel))
     });
-    format!("connections hold {}, resident {resident}{cgroup}", mebibytes(memory.held))
+    format!("callers hold {}, resident {resident}{cgroup}", mebibytes(memory.held))
 }
 
 fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
@@ -538,7 +538,7 @@ mod tests {
 Connections: 3 of at most 400 (attestations in flight: 1)
 Buckets:     1 of the gate, 2 of callers, 3 of identities
 Memory:      9.0 MiB used, of 24.0 MiB; pressure: none
-             connections hold 1.0 MiB, resident 7.5 MiB
+             callers hold 1.0 MiB, resident 7.5 MiB
              cgroup 8.0 MiB, of which kernel 2.0 MiB
 Room:        short of memory, processor; calls that wait: 7
 

@@ -172,7 +172,7 @@ fn memory(out: &mut String, told: &pb::StatusResponse, memory: &pb::Memory) {
         "" | "none" => String::new(),
         pressure => format!("; pressure: {pressure}"),
     };
-    row(out, "", &format!("connections hold {}, resident {resident}{pressure}", mebibytes(memory.held)));
+    row(out, "", &format!("callers hold {}, resident {resident}{pressure}", mebibytes(memory.held)));
 }
 
 /// Everything that an admin should look at.

@@ -14,8 +14,9 @@ use crate::{
     agent::{self, RoomError},
     attest::Attestor,
     config::{AgentUser, Config, Signer, TakenAddress},
-    hcl::{ConfigError, ConfigErrors},
+    hcl::{ConfigError, ConfigErrors, KeyPlace},
     identity::EntryIndex,
+    limits::beyond_budget::BeyondBudget,
     os::{
         sentence::said,
         trusted::{ClosedDir, Trust},
@@ -42,16 +43,15 @@ pub(super) struct ValidateArgs {
 pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(), Failure> {
     match (check(&args.config, terminal), args.output.output) {
         (Ok((config, trust)), OutputFormat::Pretty) => {
-            for (key, why) in unsettled(&config, trust) {
-                // A setting below that key stands in the text.
-                let names_it = why.strip_prefix(key).is_some_and(|rest| rest.starts_with('.'));
-                let key = if names_it { String::new() } else { format!("{key}: ") };
-                terminal.note(format_args!("Warning: {key}{why}."));
+            for Unsettled { at, key, value, why } in unsettled(&config, trust) {
+                let value = value.map(|value| format!(" {value}")).unwrap_or_default();
+                terminal.note(format_args!("Warning: {}{key}{value}: {why}.", place(at.as_ref())));
             }
             let absent = absent(&config);
-            for AbsentSelector { entry, selector, why } in absent.iter().take(MOST_WARNINGS) {
+            for AbsentSelector { at, entry, selector, why } in absent.iter().take(MOST_WARNINGS) {
                 terminal.note(format_args!(
-                    "Warning: entry \"{}\" asks for {}: {why}.",
+                    "Warning: {}entry \"{}\" asks for {}: {why}.",
+                    place(at.as_ref()),
                     clean(entry),
                     clean(selector)
                 ));
@@ -62,10 +62,14 @@ pub(super) fn validate(args: &ValidateArgs, terminal: &mut Terminal) -> Result<(
             Ok(terminal.print("Durward configuration file is valid.\n")?)
         }
         (Ok((config, trust)), OutputFormat::Json) => {
-            let warning = |AbsentSelector { entry, selector, why }| json!({ "entry": entry, "selector": selector, "message": why });
+            let absent = absent(&config).into_iter().map(|AbsentSelector { at, entry, selector, why }| {
+                located(at.as_ref(), json!({ "entry": entry, "selector": selector, "message": why }))
+            });
             let unsettled = unsettled(&config, trust).into_iter();
-            let unsettled = unsettled.map(|(key, why)| json!({ "key": key, "message": why }));
-            let warnings: Vec<_> = unsettled.chain(absent(&config).into_iter().map(warning)).collect();
+            let unsettled = unsettled.map(|Unsettled { at, key, value, why }| {
+                located(at.as_ref(), json!({ "key": key, "value": value, "message": why }))
+            });
+            let warnings: Vec<_> = unsettled.chain(absent).collect();
             let mut answer = json!({ "valid": true, "errors": [] });
             if let Some(answer) = answer.as_object_mut().filter(|_| !warnings.is_empty()) {
                 answer.insert("warnings".to_owned(), warnings.into());
@@ -116,8 +120,33 @@ fn check(config: &ConfigArgs, terminal: &mut Terminal) -> Result<(Config, Trust)
     Ok((read, trust))
 }
 
-/// What keeps no agent from starting, or not always: the key, and why it is worth a look.
-fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
+/// What keeps no agent from starting, or not always.
+struct Unsettled {
+    /// Where the key is set, or its block.
+    at: Option<KeyPlace>,
+    key: &'static str,
+    /// Where it says more than the place.
+    value: Option<String>,
+    /// Why it is worth a look.
+    why: String,
+}
+
+/// Where something stands, before what is said of it; nothing where it is not set.
+fn place(at: Option<&KeyPlace>) -> String {
+    at.map(|at| format!("{at}: ")).unwrap_or_default()
+}
+
+/// The same for programs, in the words of errors.
+fn located(at: Option<&KeyPlace>, mut warning: Value) -> Value {
+    if let (Some(KeyPlace { file, line, column }), Some(warning)) = (at, warning.as_object_mut()) {
+        warning.insert("file".to_owned(), file.to_string_lossy().into());
+        warning.insert("line".to_owned(), (*line).into());
+        warning.insert("column".to_owned(), (*column).into());
+    }
+    warning
+}
+
+fn unsettled(config: &Config, trust: Trust) -> Vec<Unsettled> {
     let taken = config.addresses().1.into_iter().map(|TakenAddress { key, host, port, cause }| {
         let why = match cause.kind() {
             io::ErrorKind::AddrInUse => "is not free now, perhaps because the agent runs",
@@ -132,11 +161,14 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())
         .then(|| ("entry", "there is none, so nobody is served".to_owned()));
-    let room =
-        agent::room_for(config).unwrap_or_else(|error| vec![error.to_string()]).into_iter().map(|why| {
-            let here = "as this command has it: an agent that is started in another way may have more";
-            ("ratelimit", format!("{why}, {here}"))
-        });
+    let here = "as this command has it: an agent that is started in another way may have more";
+    let room = match agent::room_for(config) {
+        Ok(beyond) => beyond
+            .into_iter()
+            .map(|BeyondBudget { key, value, why }| (key, Some(value.to_string()), format!("{why}, {here}")))
+            .collect(),
+        Err(error) => vec![("ratelimit", None, format!("{error}, {here}"))],
+    };
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))
     });
@@ -144,7 +176,12 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
     let forgets = config.forgets_node().map(|why| ("plugins.KeyManager", why.to_owned()));
     let bound = config.cannot_begin_anew().map(|why| ("agent.rebootstrap_mode", why.to_owned()));
     let missing = config.attest.missing().into_iter().map(|why| ("plugins.WorkloadAttestor", why));
-    let untrusted = config.federation_gaps.iter().cloned().map(|why| ("federation", why));
+    let untrusted = config.federation_gaps.iter().enumerate().map(|(nth, why)| Unsettled {
+        at: config.set_at.of_block("federation", nth),
+        key: "federation",
+        value: None,
+        why: why.clone(),
+    });
     let passed_over = config.passed_over_warnings().map(|why| ("agent.entries_dir", why));
     let audit = config.audit.socket.as_deref().filter(|_| config.audit.enabled);
     let unread =
@@ -156,23 +193,21 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<(&'static str, String)> {
             );
             ("audit.socket_path", why)
         });
-    taken
-        .chain(held)
-        .chain(nobody)
-        .chain(unread)
-        .chain(room)
-        .chain(to_join)
-        .chain(open_to_all)
-        .chain(forgets)
-        .chain(bound)
-        .chain(missing)
+    let at = |(key, value, why)| Unsettled { at: config.set_at.of(key).cloned(), key, value, why };
+    let of_key = |(key, why)| at((key, None, why));
+    let first = taken.chain(held).chain(nobody).chain(unread).map(of_key);
+    let then = to_join.chain(open_to_all).chain(forgets).chain(bound).chain(missing).map(of_key);
+    first
+        .chain(room.into_iter().map(at))
+        .chain(then)
         .chain(untrusted)
-        .chain(passed_over)
+        .chain(passed_over.map(of_key))
         .collect()
 }
 
 /// A selector that an entry asks for and that no process of this node can have.
 struct AbsentSelector {
+    at: Option<KeyPlace>,
     entry: String,
     selector: String,
     why: String,
@@ -190,7 +225,14 @@ fn absent(config: &Config) -> Vec<AbsentSelector> {
     let all = entries.flat_map(|entry| entry.selectors.iter().map(move |selector| (entry, selector)));
     all.filter_map(|(entry, selector)| {
         let why = questions.absent(selector)?;
-        Some(AbsentSelector { entry: entry.spiffe_id.to_string(), selector: selector.to_string(), why })
+        // Their number is that of their block.
+        let at = usize::try_from(entry.created_at).ok();
+        Some(AbsentSelector {
+            at: at.and_then(|nth| config.set_at.of_block("entry", nth)),
+            entry: entry.spiffe_id.to_string(),
+            selector: selector.to_string(),
+            why,
+        })
     })
     .collect()
 }

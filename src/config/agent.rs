@@ -112,7 +112,9 @@ impl AgentBlock {
         let s = &mut agent;
         let mut read = Self {
             trust_domain: own_name(s, kept),
-            entries_dir: s.absolute("entries_dir"),
+            entries_dir: s.absolute("entries_dir").inspect(|at| {
+                s.problems().note_key("agent.entries_dir", Some(at.place));
+            }),
             settings: AgentSettings::read(s),
             log: LogSettings::read(s),
             policy: Policy::read(s),

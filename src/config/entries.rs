@@ -91,6 +91,7 @@ impl<'a> Entries<'a> {
             }
         }
         drop((of_whom, ids));
+        problems.note_blocks("entry", list.iter().map(|(_, place)| *place).collect());
         list.into_iter().map(|(entry, _)| Arc::new(entry)).collect()
     }
 }

@@ -30,7 +30,7 @@ pub(super) struct Federation {
 
 impl Federation {
     pub(super) fn read(root: &mut Section<'_>, input: &Input<'_>, own: Option<&TrustDomain>) -> Self {
-        let (mut bundles, mut gaps) = (BTreeMap::new(), Vec::new());
+        let (mut bundles, mut gaps, mut places) = (BTreeMap::new(), Vec::new(), Vec::new());
         let mut declared: BTreeMap<TrustDomain, Place> = BTreeMap::new();
         for mut section in root.labelled("federation") {
             let name = trust_domain::parse(section.label()).map_err(|err| {
@@ -50,11 +50,14 @@ impl Federation {
                 declared.entry(name.clone()).or_insert(place);
             });
             if let Some((name, bundle, gap)) = bundle(&mut section, input, name) {
+                places.extend(gap.as_ref().map(|_| place));
                 gaps.extend(gap);
                 bundles.insert(name, Arc::new(bundle));
             }
             section.finish();
         }
+        // Of those that lack something.
+        root.problems().note_blocks("federation", places);
         Self { bundles, declared: declared.into_keys().collect(), gaps }
     }
 }

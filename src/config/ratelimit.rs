@@ -372,6 +372,7 @@ fn memory(mut block: Section<'_>, memory: &mut MemorySettings) {
         most >> 40
     );
     let limit = s.parsed("limit", parse_memory, right);
+    s.problems().note_key(beyond_budget::MEMORY_LIMIT, s.set_at("limit"));
     set(&mut memory.limit, limit.map(|at| at.value));
     let keys = ["shrink_caches_at", "refuse_new_at", "close_heaviest_at"];
     s.problems().note_key(beyond_budget::SHRINK_CACHES_AT, s.set_at("shrink_caches_at"));

@@ -93,6 +93,7 @@ impl ServerBlock {
             }
         }
         for (plugin, nth) in self.in_use(plugins, "KeyManager", &KEY_MANAGERS, 1) {
+            plugin.problems().note_key("plugins.KeyManager", Some(plugin.place()));
             let read = key_manager(plugin);
             if nth == 0 {
                 self.key_manager = read;

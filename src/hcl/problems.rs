@@ -112,9 +112,14 @@ impl std::error::Error for ConfigErrors {}
 
 /// Where keys are set. Where one stands makes no difference between two configurations.
 #[derive(Clone, Debug, Default)]
-pub struct KeyPlaces(BTreeMap<&'static str, KeyPlace>);
+pub struct KeyPlaces {
+    keys: BTreeMap<&'static str, KeyPlace>,
+    /// Of blocks of which there may be many.
+    blocks: BTreeMap<&'static str, Vec<Place>>,
+    files: Vec<PathBuf>,
+}
 
-/// Where a key is set: `agent.conf:4:3`.
+/// Where a key is set: `agent.conf:4:3`, or `command line`.
 #[derive(Clone, Debug)]
 pub struct KeyPlace {
     pub file: PathBuf,
@@ -126,25 +131,34 @@ pub struct KeyPlace {
 
 impl fmt::Display for KeyPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}", self.file.display(), self.line, self.column)
+        let Self { file, line, column } = self;
+        write!(f, "{}", file.display())?;
+        if *line > 0 { write!(f, ":{line}:{column}") } else { Ok(()) }
     }
 }
 
 impl KeyPlaces {
     /// Where this key is set itself.
     pub fn of_key(&self, key: &str) -> Option<&KeyPlace> {
-        self.0.get(key)
+        self.keys.get(key)
+    }
+
+    /// Where the block of this name stands that is the `nth` of those that were noted, from 0.
+    pub fn of_block(&self, name: &str, nth: usize) -> Option<KeyPlace> {
+        let Place { file, line, column } = *self.blocks.get(name)?.get(nth)?;
+        let file = self.files.get(usize::try_from(file).ok()?)?.clone();
+        Some(KeyPlace { file, line, column })
     }
 
     /// Where this key is set; its block, where that alone is known.
     pub fn of(&self, key: &str) -> Option<&KeyPlace> {
-        let block = || self.0.get(key.rsplit_once('.')?.0);
-        self.0.get(key).or_else(block)
+        let block = || self.keys.get(key.rsplit_once('.')?.0);
+        self.keys.get(key).or_else(block)
     }
 
     /// The key has another value than it is set to.
     pub(crate) fn forget(&mut self, key: &str) {
-        self.0.remove(key);
+        self.keys.remove(key);
     }
 }
 
@@ -163,6 +177,7 @@ pub(crate) struct Problems {
     list: RefCell<Vec<(Place, ConfigError)>>,
     left_out: Cell<usize>,
     keys: RefCell<BTreeMap<&'static str, Place>>,
+    blocks: RefCell<BTreeMap<&'static str, Vec<Place>>>,
     /// Keys of all blocks, as `agent.log_level`, for those that stand in another.
     pub(super) elsewhere: &'static [&'static [&'static str]],
     #[cfg(test)]
@@ -222,17 +237,23 @@ impl Problems {
         self.keys.borrow_mut().extend(place.map(|place| (key, place)));
     }
 
+    /// Remembers where blocks of this name stand.
+    pub(crate) fn note_blocks(&self, name: &'static str, places: Vec<Place>) {
+        self.blocks.borrow_mut().insert(name, places);
+    }
+
     /// Where `key` is set, if it is and was noted.
     pub(crate) fn noted(&self, key: &str) -> Option<Place> {
         self.keys.borrow().get(key).copied()
     }
 
-    /// Where the keys are set that were noted.
+    /// Where the keys and blocks are set that were noted.
     pub(crate) fn key_places(&self) -> KeyPlaces {
         let keys = self.keys.borrow();
         let place =
             |place: Place| KeyPlace { file: self.file(place), line: place.line, column: place.column };
-        KeyPlaces(keys.iter().map(|(key, at)| (*key, place(*at))).collect())
+        let keys = keys.iter().map(|(key, at)| (*key, place(*at))).collect();
+        KeyPlaces { keys, blocks: self.blocks.borrow().clone(), files: self.files.borrow().clone() }
     }
 
     /// Whether something is wrong with what stands at `place`.

@@ -2,7 +2,8 @@
 //!
 //! Whoever can be many callers (a *family*, [`Families`](super::Families)) is one wherever something is shared, and has one
 //! account for it: a *group*. A caller without a family is a group alone. There are no more accounts than connections, and
-//! [`OWING`] of those that have none and were answered too much in vain: forgotten, they would get tokens back.
+//! [`KEPT`] of those that have none, were answered too much in vain, or hold [names](super::names): forgotten, they would get
+//! back what they took.
 
 use std::{
     cmp::Reverse,
@@ -19,8 +20,8 @@ use super::{
     waste::Waste,
 };
 
-/// Groups without a connection that are remembered for what they owe. What further ones owe is owed by whoever comes new.
-const OWING: usize = 1024;
+/// Groups without a connection that are remembered for what they owe or hold. What further ones owe is owed by whoever comes new.
+const KEPT: usize = 1024;
 /// What a last connection may hold, whatever the share is: as many streams as one may have open by default.
 const LAST: u64 = connection_with(100);
 /// What is still held so many nanoseconds after a connection was closed is held for as long as its peer likes.
@@ -127,28 +128,49 @@ struct CallerAccount {
     held: Arc<HeldBytes>,
 }
 
-#[derive(Debug, Default)]
-struct GroupAccount {
+#[derive(Debug)]
+pub(super) struct GroupAccount {
     /// In the order in which they came.
     open: BTreeMap<u64, (CallerKey, Arc<Holding>)>,
-    held: Arc<GroupHeld>,
+    pub(super) held: Arc<GroupHeld>,
+    /// Who connected last.
+    last: CallerKey,
 }
 
 impl GroupAccount {
+    /// One that owes until then.
+    fn owing(caller: CallerKey, until: u64) -> Self {
+        let held = GroupHeld::owing(Waste::full_at(until));
+        Self { open: BTreeMap::new(), held: Arc::new(held), last: caller }
+    }
+
     fn open(&self) -> u32 {
         u32::try_from(self.open.len()).unwrap_or(u32::MAX)
     }
 
-    /// Of its callers the one with the lowest number, and how many others there are.
-    fn holder(&self) -> Option<WhoHolds> {
+    /// Whether it has no connection.
+    pub(super) fn has_none(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Whether it has none, and nothing that it is remembered for.
+    fn is_over(&self, now: u64) -> bool {
+        self.has_none()
+            && self.held.waste.owes_until() <= now
+            && self.held.names.bytes() == 0
+            && self.held.names.shown() == 0
+    }
+
+    /// Of its callers the one with the lowest number, and how many others there are. Without a connection, the last that had one.
+    fn holder(&self) -> WhoHolds {
         let callers: HashSet<CallerKey, ahash::RandomState> =
             self.open.values().map(|(caller, _)| *caller).collect();
         let number = |caller: &CallerKey| match caller {
             CallerKey::Uid(uid) => *uid,
             CallerKey::Pod(_) => u32::MAX,
         };
-        let caller = callers.iter().copied().min_by_key(number)?;
-        Some(WhoHolds { caller, others: u32::try_from(callers.len() - 1).unwrap_or(u32::MAX) })
+        let caller = callers.iter().copied().min_by_key(number).unwrap_or(self.last);
+        WhoHolds { caller, others: u32::try_from(callers.len().saturating_sub(1)).unwrap_or(u32::MAX) }
     }
 
     fn weight(&self, by: Weight) -> u64 {
@@ -214,13 +236,15 @@ impl GroupAccount {
 #[derive(Debug)]
 pub(super) struct Accounts {
     callers: HashMap<CallerKey, CallerAccount, ahash::RandomState>,
-    groups: HashMap<u64, GroupAccount, ahash::RandomState>,
+    pub(super) groups: HashMap<u64, GroupAccount, ahash::RandomState>,
     /// Groups without a connection.
-    owing: usize,
+    kept: usize,
+    /// Bytes of names that are held by nobody.
+    pub(super) names_of_nobody: u64,
     /// What is owed by those for whom there was no room.
     owed_until: u64,
     next: u64,
-    node: Arc<NodeHeld>,
+    pub(super) node: Arc<NodeHeld>,
 }
 
 impl Accounts {
@@ -228,7 +252,8 @@ impl Accounts {
         Self {
             callers: HashMap::default(),
             groups: HashMap::default(),
-            owing: 0,
+            kept: 0,
+            names_of_nobody: 0,
             owed_until: 0,
             next: 0,
             node,
@@ -256,13 +281,11 @@ impl Accounts {
         self.next += 1;
         let of_caller = self.callers.entry(caller).or_default();
         of_caller.open += 1;
-        let (owed_until, mut known) = (self.owed_until, true);
-        let of_group = self.groups.entry(group).or_insert_with(|| {
-            known = false;
-            let held = GroupHeld::owing(Waste::full_at(owed_until));
-            GroupAccount { held: Arc::new(held), open: BTreeMap::new() }
-        });
-        self.owing -= usize::from(known && of_group.open.is_empty());
+        let known = self.groups.contains_key(&group);
+        let new = || GroupAccount::owing(caller, self.owed_until);
+        let of_group = self.groups.entry(group).or_insert_with(new);
+        self.kept -= usize::from(known && of_group.has_none());
+        of_group.last = caller;
         let holding = Arc::new(Holding::in_sums(HeldSums {
             caller: Arc::clone(&of_caller.held),
             group: Arc::clone(&of_group.held),
@@ -271,6 +294,18 @@ impl Accounts {
         holding.hold(bytes);
         of_group.open.insert(order, (caller, Arc::clone(&holding)));
         (OpenPlace { caller, group, order }, holding)
+    }
+
+    /// The account of a group that may have no connection; `None` where no more can be remembered.
+    pub(super) fn remembered(&mut self, caller: CallerKey, group: u64) -> Option<&mut GroupAccount> {
+        if !self.groups.contains_key(&group) {
+            if self.kept >= KEPT {
+                return None;
+            }
+            self.kept += 1;
+        }
+        let new = || GroupAccount::owing(caller, self.owed_until);
+        Some(self.groups.entry(group).or_insert_with(new))
     }
 
     /// Lets one go.
@@ -287,27 +322,28 @@ impl Accounts {
             return;
         }
         let until = account.held.waste.owes_until();
-        if until > self.node.now() && self.owing < OWING {
-            self.owing += 1;
+        if !account.is_over(self.node.now()) && self.kept < KEPT {
+            self.kept += 1;
             return;
         }
+        // Of the names nobody else can be told apart by then.
+        account.held.set_names(0, &self.node);
         self.groups.remove(&place.group);
         self.owed_until = self.owed_until.max(until);
     }
 
-    /// Forgets the groups without a connection that owe nothing any more.
+    /// Forgets the groups without a connection that owe and hold nothing any more.
     pub(super) fn forget_paid(&mut self) {
         let now = self.node.now();
-        if self.owing > 0 {
-            self.groups
-                .retain(|_, account| !account.open.is_empty() || account.held.waste.owes_until() > now);
-            self.owing = self.groups.values().filter(|account| account.open.is_empty()).count();
+        if self.kept > 0 {
+            self.groups.retain(|_, account| !account.is_over(now));
+            self.kept = self.groups.values().filter(|account| account.open.is_empty()).count();
         }
     }
 
     /// Groups that have a connection.
     pub(super) fn groups(&self) -> usize {
-        self.groups.len() - self.owing
+        self.groups.len() - self.kept
     }
 
     /// Whether a group has more connections than this.
@@ -320,17 +356,17 @@ impl Accounts {
         let mut all: Vec<(u64, u32, &GroupAccount)> = self
             .groups
             .values()
-            .filter(|account| !account.open.is_empty())
             .map(|account| (account.held.bytes(), account.open(), account))
+            .filter(|(bytes, open, _)| (*bytes, *open) > (0, 0))
             .collect();
         all.sort_by_key(|(bytes, open, _)| Reverse((*bytes, *open)));
         all.truncate(n);
-        all.into_iter().filter_map(|(bytes, open, account)| Some((account.holder()?, open, bytes))).collect()
+        all.into_iter().map(|(bytes, open, account)| (account.holder(), open, bytes)).collect()
     }
 
-    /// Who has the connections of a group; `None` where it has none.
+    /// Who has the connections of a group, or holds what is left of them; `None` of one that is not known.
     pub(super) fn holder(&self, group: u64) -> Option<WhoHolds> {
-        self.groups.get(&group)?.holder()
+        Some(self.groups.get(&group)?.holder())
     }
 
     /// The highest weight that groups can have, each of them at most, so that they weigh `target` together.
@@ -466,9 +502,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::since_start::SinceStart;
 
     fn accounts() -> Accounts {
-        Accounts::new(Arc::new(NodeHeld::new(Arc::default())))
+        Accounts::new(Arc::new(NodeHeld::new(Arc::default(), SinceStart::default())))
     }
 
     #[test]
@@ -689,7 +726,7 @@ mod tests {
         accounts.take(&place);
         tokio::time::advance(std::time::Duration::from_secs(60)).await;
         accounts.forget_paid();
-        assert!(accounts.groups.is_empty() && accounts.owing == 0);
+        assert!(accounts.groups.is_empty() && accounts.kept == 0);
 
         // With no room for those who owe, it is owed by whoever comes.
         let many: Vec<_> = (0..=1024).map(|n| accounts.add(CallerKey::Uid(n), u64::from(n), 1)).collect();
@@ -699,7 +736,7 @@ mod tests {
             }
             accounts.take(place);
         }
-        assert_eq!(accounts.groups.len(), OWING);
+        assert_eq!(accounts.groups.len(), KEPT);
         assert!(accounts.add(CallerKey::Uid(9_999), 9_999, 1).1.waits().is_some());
     }
 }

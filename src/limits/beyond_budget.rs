@@ -1,5 +1,7 @@
 //! What is set and can never be had within a memory budget.
 
+use std::fmt;
+
 use super::{
     budget::{self, Pressure},
     gate_plan::fewest_take,
@@ -8,15 +10,21 @@ use super::{
     table_size::TableSize,
 };
 
-/// A setting that asks for more than the budget has.
+/// A setting that asks for more than there is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BeyondBudget {
     /// As `ratelimit.keys`.
     pub key: &'static str,
     /// As it is set.
-    pub value: u32,
+    pub value: u64,
     /// What it takes, and what would be right.
     pub why: String,
+}
+
+impl fmt::Display for BeyondBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: {}", self.key, self.value, self.why)
+    }
 }
 
 /// The keys that are looked at, as [`BeyondBudget::key`] has them.
@@ -25,6 +33,7 @@ pub const RESERVE: &str = "ratelimit.gate.reserve";
 pub const ADMIN: &str = "ratelimit.gate.admin";
 pub const STREAMS: &str = "ratelimit.gate.connection.streams";
 pub const KEYS: &str = "ratelimit.keys";
+pub const MEMORY_LIMIT: &str = "ratelimit.memory.limit";
 pub const SHRINK_CACHES_AT: &str = "ratelimit.memory.shrink_caches_at";
 pub const REFUSE_NEW_AT: &str = "ratelimit.memory.refuse_new_at";
 
@@ -40,7 +49,7 @@ impl LimitSettings {
         let mut found = Vec::new();
         let mut add = |key, value: u32, why: String| {
             if set_at(key).is_some() {
-                found.push(BeyondBudget { key, value, why });
+                found.push(BeyondBudget { key, value: value.into(), why });
             }
         };
         let streams = self.gate.connection.streams;
@@ -206,7 +215,7 @@ mod tests {
             let [BeyondBudget { key: found, value, why }] = found.as_slice() else {
                 panic!("{key}: {found:?}")
             };
-            assert_eq!((*found, *value), (key, most + 1));
+            assert_eq!((*found, *value), (key, u64::from(most) + 1));
             assert!(why.ends_with(&format!("it must be at most {most}")), "{why}");
             assert_eq!(set(change, most + 1).beyond(BUDGET, "it", |_| None), [], "{key}: nobody set it");
         }

@@ -136,6 +136,8 @@ pub(super) struct Arriving<'a> {
     /// Connections of the caller and its family, and the bytes that they hold.
     pub(super) group_open: u32,
     pub(super) group_bytes: u64,
+    /// Of these, what the kernel keeps of the names of its processes.
+    group_names: u64,
     of_family: bool,
     pub(super) now: u64,
     attempt: Attempt,
@@ -158,7 +160,7 @@ struct LetIn {
 impl Gate {
     /// A gate that decides with `plan`. It counts and tells through `limits`.
     pub fn new(plan: GatePlan, limits: &Limits) -> Self {
-        let node = Arc::new(NodeHeld::new(Arc::clone(limits.room())));
+        let node = Arc::new(NodeHeld::new(Arc::clone(limits.room()), limits.ledger().time));
         let state = GateState {
             rates: Table::new(plan.keys, PARENT_PARTS),
             accounts: Accounts::new(Arc::clone(&node)),
@@ -343,6 +345,34 @@ impl Gate {
         })
     }
 
+    /// The connection is of the process with this number.
+    pub fn shows(&self, permit: &ConnectionPermit, pid: u32) {
+        permit.holding.shows(pid);
+    }
+
+    /// A connection of the process with this number is refused that was asked after. What the kernel keeps of it is held by its
+    /// `user`.
+    pub fn was_shown_in_vain(&self, user: CallerKey, pid: u32) {
+        let group = self.family_of(user);
+        self.shared.state().accounts.was_shown_in_vain(user, group, pid);
+    }
+
+    /// Whether further processes of `user` may be asked after before they are let in: not while memory is short, and what the kernel
+    /// keeps of earlier ones is more than a share.
+    pub fn may_show_processes(&self, user: CallerKey) -> bool {
+        if !self.room().is_short(Short::Memory) {
+            return true;
+        }
+        let group = self.family_of(user);
+        let state = self.shared.state();
+        state.accounts.names_of(group) < state.bytes.share()
+    }
+
+    /// The kernel keeps so many bytes of the [names](super::names) of callers' processes.
+    pub fn names_are(&self, bytes: u64) {
+        self.shared.state().accounts.names_are(bytes);
+    }
+
     /// One that was let in begins to speak, and found memory for it: it is counted as let in. Whoever says nothing is when it ends.
     pub fn has_begun(&self, permit: &ConnectionPermit) {
         permit.count();
@@ -485,6 +515,7 @@ impl SharedGate {
             open: state.accounts.open_of(&caller),
             group_open,
             group_bytes,
+            group_names: state.accounts.names_of(group),
             of_family: plan.families.of(caller).is_some(),
             now,
             attempt,
@@ -572,9 +603,10 @@ impl SharedGate {
         it: &Arriving<'_>,
         state: &GateState,
     ) -> Result<(bool, Vacancy), ConnectionRefusal> {
-        let Arriving { plan, rule, group_open, group_bytes, .. } = *it;
+        let Arriving { plan, rule, group_open, group_bytes, group_names, .. } = *it;
         let exempt = rule.limit() == Limit::Exempt;
-        let newcomer = group_open < FEW || exempt;
+        // Who has few connections may hold what earlier ones left.
+        let newcomer = group_open < FEW && group_names < plan.budget / budget::SHARES || exempt;
         let place = state.vacancy(it, exempt).ok_or(ConnectionRefusal::NodeConnections)?;
         let room = self.node.room();
         if !newcomer

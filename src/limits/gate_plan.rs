@@ -148,6 +148,11 @@ impl GatePlan {
         each.max(self.most / FAMILY_SHARE)
     }
 
+    /// What there is a number of for connections, in a word.
+    pub(super) fn places_text(&self) -> &'static str {
+        if self.most_is_set { "connections" } else { "descriptors" }
+    }
+
     /// Connections that are kept for callers with a few.
     pub(super) fn kept_for_few(&self) -> u32 {
         self.reserve / FEW_SHARE

@@ -33,8 +33,8 @@ impl SharedGate {
         self.count(refusal, caller, Decision::Refused);
         if let Some((stage @ Stage::Gate, reason)) = refusal.by_stage() {
             let name = BucketName::Caller(caller).charged_as(charged_as(refusal, stage, caller));
-            let origin = Origin::Set;
-            self.ledger.refusing().note(now, WhatIsRefused { stage, name, method: None, reason, origin });
+            let what = WhatIsRefused { stage, name, method: None, reason, origin: Origin::Set };
+            self.ledger.refusing().note(now, what, &self.plan.load().families);
         }
         self.want(refusal);
     }

@@ -18,7 +18,7 @@ use crate::telemetry::registry::float;
 /// What a caller holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldByCaller {
-    /// Its connections, and the bytes that they hold.
+    /// Its connections, and the bytes that they hold; where it has no family, what is left of earlier ones with them.
     pub own: (u32, u64),
     /// The same of its family, if it has one.
     pub family: Option<(u32, u64)>,
@@ -37,8 +37,10 @@ pub struct SharesNow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryStanding {
     pub budget: u64,
-    /// Bytes that connections hold.
+    /// Bytes that callers hold.
     pub held: u64,
+    /// Of these, those that the kernel keeps of the [names](super::names) of their processes.
+    pub names: u64,
     /// Bytes that are used in all.
     pub used: u64,
     pub pressure: Pressure,
@@ -77,8 +79,12 @@ impl Gate {
         let rule = plan.rule(&caller);
         let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_) | Limit::Unlimited));
         let state = self.shared.state();
-        let family = plan.families.of(caller).map(|_| state.accounts.of_group(plan.families.group(caller)));
-        HeldByCaller { own: state.accounts.of_caller(&caller), family, most: most.map(NonZeroU32::get) }
+        let of_group = state.accounts.of_group(plan.families.group(caller));
+        let (own, family) = match plan.families.of(caller) {
+            Some(_) => (state.accounts.of_caller(&caller), Some(of_group)),
+            None => (of_group, None),
+        };
+        HeldByCaller { own, family, most: most.map(NonZeroU32::get) }
     }
 
     /// What each may hold, where that is short.
@@ -88,13 +94,17 @@ impl Gate {
         SharesNow { bytes: of(&state.bytes), connections: of(&state.connections) }
     }
 
-    /// What there is too little of for further connections, if they are short, or gone but for those that are kept for callers
-    /// without one: connections, where somebody set their number, or descriptors.
+    /// What there is a number of for connections: connections, where somebody set it, or descriptors.
+    pub fn places(&self) -> &'static str {
+        self.shared.plan.load().places_text()
+    }
+
+    /// The same, if they are short, or gone but for those that are kept for callers without one.
     pub fn lacks_places(&self) -> Option<&'static str> {
         let plan = self.shared.plan.load();
         let state = self.shared.state();
         let lacks = state.connections.is_short() || state.total >= plan.for_anybody();
-        lacks.then_some(if plan.most_is_set { "connections" } else { "descriptors" })
+        lacks.then(|| plan.places_text())
     }
 
     /// The callers that were refused and let in most.
@@ -159,7 +169,14 @@ impl Gate {
         let state = self.shared.state();
         let held = self.shared.node.bytes();
         let Shortage { whole, .. } = state.bytes;
-        MemoryStanding { budget: whole, held, used: state.bytes.used(held), pressure: state.bytes.pressure() }
+        let names = state.accounts.names_held();
+        MemoryStanding {
+            budget: whole,
+            held,
+            names,
+            used: state.bytes.used(held),
+            pressure: state.bytes.pressure(),
+        }
     }
 
     /// How many callers' buckets are known. Also sets the gauge.

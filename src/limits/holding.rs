@@ -12,12 +12,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::sync::Notify;
 
 use super::{
     budget::NEWCOMER,
     caller::NthCall,
     room::{Room, Short},
+    since_start::SinceStart,
     waste::{AllWaste, Waste},
 };
 
@@ -86,12 +87,12 @@ pub(super) struct NodeHeld {
     look: Notify,
     room: Arc<Room>,
     waste: AllWaste,
-    started: Instant,
+    time: SinceStart,
 }
 
 impl NodeHeld {
     /// Nothing, and there is no bound.
-    pub(super) fn new(room: Arc<Room>) -> Self {
+    pub(super) fn new(room: Arc<Room>, time: SinceStart) -> Self {
         Self {
             held: HeldBytes::default(),
             short_from: AtomicU64::new(u64::MAX),
@@ -109,7 +110,7 @@ impl NodeHeld {
             look: Notify::new(),
             room,
             waste: AllWaste::default(),
-            started: Instant::now(),
+            time,
         }
     }
 
@@ -121,9 +122,9 @@ impl NodeHeld {
         &self.room
     }
 
-    /// Nanoseconds since this was made.
+    /// Nanoseconds since the limits were made.
     pub(super) fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+        self.time.now()
     }
 
     /// Sets from where on memory is short, and below what there is room again.
@@ -236,6 +237,7 @@ pub(super) struct GroupHeld {
     /// Large answers in the making.
     making: AtomicU32,
     pub(super) waste: Waste,
+    pub(super) names: HeldNames,
 }
 
 impl GroupHeld {
@@ -246,6 +248,49 @@ impl GroupHeld {
 
     pub(super) fn bytes(&self) -> u64 {
         self.held.bytes()
+    }
+
+    /// Of the names that the kernel keeps, so many bytes are held by these callers, of all that `node` sums up.
+    pub(super) fn set_names(&self, bytes: u64, node: &NodeHeld) {
+        let before = self.names.bytes.swap(bytes, Relaxed);
+        let (more, less) = (bytes.saturating_sub(before), before.saturating_sub(bytes));
+        self.held.add(more);
+        node.grew(node.held.add(more));
+        self.held.take(less);
+        node.fell(node.held.take(less));
+    }
+}
+
+/// What the kernel keeps of the [names](super::names) of a family's processes.
+#[derive(Debug, Default)]
+pub(super) struct HeldNames {
+    bytes: AtomicU64,
+    /// The process that connected last, and how many others did since this was last asked.
+    last: AtomicU32,
+    shown: AtomicU32,
+}
+
+impl HeldNames {
+    /// Bytes that are held for it.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Relaxed)
+    }
+
+    /// A process of this number has connected.
+    pub(super) fn shows(&self, pid: u32) {
+        if self.last.swap(pid, Relaxed) != pid {
+            self.shown.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// How many have connected since they were last forgotten.
+    pub(super) fn shown(&self) -> u32 {
+        self.shown.load(Relaxed)
+    }
+
+    /// Forgets so many.
+    pub(super) fn forget(&self, shown: u32) {
+        self.shown.fetch_sub(shown, Relaxed);
     }
 }
 
@@ -349,6 +394,13 @@ impl Holding {
             }
         }
         fits
+    }
+
+    /// It is of the process with this number.
+    pub(super) fn shows(&self, pid: u32) {
+        if let Some(HeldSums { group, .. }) = &self.sums {
+            group.names.shows(pid);
+        }
     }
 
     /// Whether [`Self::try_begin`] would count so much now.
@@ -570,7 +622,7 @@ mod tests {
 
     #[tokio::test]
     async fn sums_follow_and_a_notice_is_surpassed_only() {
-        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
         let (caller, group) = (Arc::<HeldBytes>::default(), Arc::<GroupHeld>::default());
         let sums =
             HeldSums { caller: Arc::clone(&caller), group: Arc::clone(&group), node: Arc::clone(&node) };
@@ -590,7 +642,7 @@ mod tests {
     /// memory.
     #[test]
     fn each_family_may_make_one_large_answer_where_memory_is_about_to_run_out() {
-        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
         let of_family = || {
             let (caller, group) = (Arc::default(), Arc::default());
             Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
@@ -615,7 +667,7 @@ mod tests {
     /// Who holds next to nothing has a connection and a call, where all others hold all that they may.
     #[test]
     fn what_is_set_aside_is_for_those_who_begin() {
-        let node = Arc::new(NodeHeld::new(Arc::default()));
+        let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
         let of_family = || {
             let (caller, group) = (Arc::default(), Arc::default());
             Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) })
@@ -635,7 +687,7 @@ mod tests {
     #[tokio::test]
     async fn memory_is_short_as_soon_as_the_sums_say_so() {
         let room = Arc::<Room>::default();
-        let node = Arc::new(NodeHeld::new(Arc::clone(&room)));
+        let node = Arc::new(NodeHeld::new(Arc::clone(&room), SinceStart::default()));
         let group = Arc::<GroupHeld>::default();
         let sums = HeldSums { caller: Arc::default(), group: Arc::clone(&group), node: Arc::clone(&node) };
         let holding = Holding::in_sums(sums);

@@ -1,7 +1,7 @@
 //! What is set about limits, in words for an admin: the rules that somebody wrote, and where the memory budget comes from.
 
 use super::{
-    beyond_budget::BeyondBudget,
+    beyond_budget::{BeyondBudget, MEMORY_LIMIT, RESERVE},
     bucket::Quota,
     budget::{BudgetFrom, MemoryBounds},
     gate_plan::newcomers_within,
@@ -26,8 +26,8 @@ pub struct LimitsInForce {
     pub millicores: u64,
     /// Nothing is refused: what would be is counted.
     pub dry_run: bool,
-    /// What is set and cannot be had, each in one line.
-    pub wrong: Vec<String>,
+    /// What is set and cannot be had.
+    pub wrong: Vec<BeyondBudget>,
 }
 
 impl LimitSettings {
@@ -54,17 +54,18 @@ impl LimitSettings {
             set.push(format!("and {more} more"));
         }
         let budget = self.memory.budget(bounds);
-        let above = self.memory.above(bounds).zip(bounds.cgroup).map(|(set, cgroup)| {
-            format!(
-                "ratelimit.memory.limit is {set} bytes, above the {cgroup} of the agent's cgroup, which count"
-            )
+        let above = self.memory.above(bounds).zip(bounds.cgroup).map(|(value, cgroup)| {
+            let why = format!("is above the {cgroup} bytes of the agent's cgroup, which count");
+            BeyondBudget { key: MEMORY_LIMIT, value, why }
         });
-        let mut wrong: Vec<String> = above.into_iter().chain(self.reserve_beyond(budget.bytes)).collect();
+        let mut wrong: Vec<BeyondBudget> =
+            above.into_iter().chain(self.reserve_beyond(budget.bytes)).collect();
         // Of a budget that somebody set, or of a cgroup, it is an error.
         if budget.from == BudgetFrom::Machine {
             let beyond = self.beyond(budget.bytes, "the budget, a part of the machine's memory,", set_at);
             wrong.extend(beyond.into_iter().map(|BeyondBudget { key, value, why }| {
-                format!("{key} {value}: {why}, or set ratelimit.memory.limit (until then what fits counts)")
+                let why = format!("{why}, or set {MEMORY_LIMIT} (until then what fits counts)");
+                BeyondBudget { key, value, why }
             }));
         }
         LimitsInForce {
@@ -77,7 +78,7 @@ impl LimitSettings {
     }
 
     /// Says how many of the callers of a reserve that somebody set are kept places for, where that is not all of them.
-    fn reserve_beyond(&self, budget: u64) -> Option<String> {
+    fn reserve_beyond(&self, budget: u64) -> Option<BeyondBudget> {
         let places = self.gate.places;
         let reserve = places.reserve();
         let of_connections = places.connections().map_or(reserve, |all| places.reserve_of(all));
@@ -90,7 +91,7 @@ impl LimitSettings {
         } else {
             format!("at most half of gate.connections are kept: {of_connections} count")
         };
-        Some(format!("ratelimit.gate.reserve is {reserve}, and {why}"))
+        Some(BeyondBudget { key: RESERVE, value: reserve.into(), why })
     }
 
     fn gate_lines(&self, set: &mut Vec<String>) {
@@ -216,8 +217,10 @@ mod tests {
         ] {
             let mut settings = LimitSettings::default();
             settings.gate.places = GatePlaces::new(connections, reserve).unwrap();
-            let want: Vec<String> =
-                wrong.map(|why| format!("ratelimit.gate.reserve is 500, and {why}")).into_iter().collect();
+            let want: Vec<BeyondBudget> = wrong
+                .map(|why| BeyondBudget { key: RESERVE, value: 500, why: why.to_owned() })
+                .into_iter()
+                .collect();
             // A machine with room for all of it.
             let bounds = MemoryBounds { cgroup: budget, machine: Some(64 << 30) };
             let wrong = settings.in_force(bounds, |_| None).wrong;

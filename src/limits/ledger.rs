@@ -11,7 +11,6 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::time::Instant;
 
 use super::{
     ask::{BucketKey, Hasher, HeldTokens},
@@ -30,6 +29,7 @@ use super::{
     rule::{Limit, Origin, Rule},
     settings::{LimitSettings, NodeQuota, SoftLimits},
     shares::{SharedBucket, Taker, TooFew},
+    since_start::SinceStart,
     slots::Slots,
     spare::SpareCalls,
     table::Table,
@@ -165,7 +165,7 @@ pub(super) struct Ledger {
     pub(super) update_slots: Arc<Slots>,
     refusing: Mutex<Refusing>,
     pub(super) counters: Counters,
-    started: Instant,
+    pub(super) time: SinceStart,
     wall: Clock,
 }
 
@@ -192,7 +192,7 @@ impl Ledger {
             update_slots: Arc::new(Slots::new(settings.node.attestations)),
             refusing: Mutex::default(),
             counters: Counters::new(registry),
-            started: Instant::now(),
+            time: SinceStart::default(),
             wall,
         }
     }
@@ -209,7 +209,7 @@ impl Ledger {
 
     /// Nanoseconds since the limits were made.
     pub(super) fn now(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX / 2)
+        self.time.now()
     }
 
     pub(super) fn plan(&self) -> arc_swap::Guard<Arc<CallPlan>> {
@@ -387,7 +387,7 @@ impl Ledger {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
                 let what = WhatIsRefused { stage, name, method: Some(method), reason, origin };
-                self.refusing().note(self.now(), what);
+                self.refusing().note(self.now(), what, &plan.families);
             }
         }
         Err(refusal)

@@ -67,7 +67,7 @@ labels! {
         OverflowRate = "overflow_rate",
         /// The node has as many connections as it may, but for those in reserve.
         NodeConnections = "node_connections",
-        /// Descriptors are short, and the caller, or its family, has its share of them.
+        /// Descriptors are short, or connections, where their number is set; and the caller, or its family, has its share of them.
         Descriptors = "descriptors",
         /// Memory is short, and the caller, or its family, holds its share of it.
         Memory = "memory",

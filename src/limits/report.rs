@@ -1,7 +1,7 @@
 //! What people see: the heaviest keys, and when refusals of a key begin and end.
 //!
-//! Under load a log line per refusal is the attack. So what is refused is listed once for each bucket, method and
-//! reason, is told again each [`AGAIN`] while it goes on, and leaves the list when it has not been refused for
+//! Under load a log line per refusal is the attack. So what is refused is listed once for each bucket (of callers of one
+//! [family](Families) once for all), method and reason, is told again each [`AGAIN`] while it goes on, and leaves the list when it has not been refused for
 //! [`QUIET`]; each is an [`Event`] for whoever logs. The list holds [`LISTED`] of them: of more only the number of
 //! refusals is told. That bounds the lines to `2 x LISTED` per `QUIET`, whoever calls and how often.
 
@@ -9,7 +9,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use super::{
     bucket::Quota,
-    caller::CallerKey,
+    caller::{CallerKey, Families},
     caller_pattern::CallerPattern,
     id_pattern::IdPattern,
     method::Method,
@@ -167,6 +167,8 @@ pub enum Event {
     /// It is being refused: at first, and then each [`AGAIN`].
     Refusing {
         what: WhatIsRefused,
+        /// Others of the caller's family are refused as it is.
+        with_family: bool,
         /// How often since this was last said.
         times: u64,
         /// Who takes from it, where several callers do.
@@ -175,6 +177,7 @@ pub enum Event {
     /// It has not been refused for [`QUIET`].
     RefusalEnded {
         what: WhatIsRefused,
+        with_family: bool,
         /// How often it was refused.
         count: u64,
     },
@@ -216,7 +219,11 @@ pub(super) struct Refusing {
 
 #[derive(Debug)]
 struct Listed {
+    /// Of a family, that of the one which was refused first.
     what: WhatIsRefused,
+    /// Who stands for its family, where it is a caller's.
+    head: Option<CallerKey>,
+    with_family: bool,
     /// So many stand in a line, and when the last was.
     told: u64,
     told_at: u64,
@@ -224,14 +231,29 @@ struct Listed {
     last: u64,
 }
 
+impl Listed {
+    /// Whether this is refused in the same way, of the same bucket or of one of the same family.
+    fn tells_of(&self, what: &WhatIsRefused, head: Option<CallerKey>) -> bool {
+        let WhatIsRefused { stage, name, method, reason, origin } = &self.what;
+        (*stage, *method, *reason, *origin) == (what.stage, what.method, what.reason, what.origin)
+            && if head.is_some() { self.head == head } else { *name == what.name }
+    }
+}
+
 impl Refusing {
-    /// Notes a refusal.
-    pub(super) fn note(&mut self, now: u64, what: WhatIsRefused) {
-        if let Some(listed) = self.listed.iter_mut().find(|it| it.what == what) {
+    /// Notes a refusal. The places of the list are shared by all, and so a family has one.
+    pub(super) fn note(&mut self, now: u64, what: WhatIsRefused, families: &Families) {
+        let head = match &what.name {
+            BucketName::Caller(caller) => Some(families.head(*caller)),
+            _ => None,
+        };
+        if let Some(listed) = self.listed.iter_mut().find(|it| it.tells_of(&what, head)) {
             listed.count += 1;
             listed.last = now;
+            listed.with_family |= listed.what.name != what.name;
         } else if self.listed.len() < LISTED {
-            self.listed.push(Listed { what, told: 0, told_at: now, count: 1, last: now });
+            let with_family = false;
+            self.listed.push(Listed { what, head, with_family, told: 0, told_at: now, count: 1, last: now });
         } else {
             self.unlisted += 1;
         }
@@ -245,11 +267,13 @@ impl Refusing {
             let times = it.count - it.told;
             if it.told == 0 || times > 0 && it.told_at.saturating_add(again) <= now {
                 (it.told, it.told_at) = (it.count, now);
-                events.push(Event::Refusing { what: it.what.clone(), times, takings: Vec::new() });
+                let (what, with_family) = (it.what.clone(), it.with_family);
+                events.push(Event::Refusing { what, with_family, times, takings: Vec::new() });
             }
         }
         for it in self.listed.extract_if(.., |it| it.last.saturating_add(quiet) <= now) {
-            events.push(Event::RefusalEnded { what: it.what, count: it.count });
+            let Listed { what, with_family, count, .. } = it;
+            events.push(Event::RefusalEnded { what, with_family, count });
         }
         if self.unlisted > 0 && self.unlisted_told.saturating_add(quiet) <= now {
             events.push(Event::RefusalsUnlisted { count: std::mem::take(&mut self.unlisted) });
@@ -276,27 +300,53 @@ mod tests {
     }
 
     fn refusing_now(what: WhatIsRefused, times: u64) -> Event {
-        Event::Refusing { what, times, takings: Vec::new() }
+        Event::Refusing { what, with_family: false, times, takings: Vec::new() }
     }
 
     #[test]
     fn what_is_refused_is_told_when_it_begins_each_minute_and_when_it_ends() {
-        let mut refusing = Refusing::default();
+        let (mut refusing, families) = (Refusing::default(), Families::default());
         let [jwt, x509] = [Method::FetchJwtSvid, Method::FetchX509Svid].map(|method| calls_of(1, method));
         for call in 0..1000 {
-            refusing.note(call, jwt.clone());
+            refusing.note(call, jwt.clone(), &families);
         }
         assert_eq!(refusing.drain(SECOND), [refusing_now(jwt.clone(), 1000)]);
-        refusing.note(20 * SECOND, jwt.clone());
-        refusing.note(20 * SECOND, x509.clone());
+        refusing.note(20 * SECOND, jwt.clone(), &families);
+        refusing.note(20 * SECOND, x509.clone(), &families);
         assert_eq!(refusing.drain(21 * SECOND), [refusing_now(x509.clone(), 1)], "each method has a line");
-        refusing.note(48 * SECOND, jwt.clone());
+        refusing.note(48 * SECOND, jwt.clone(), &families);
         assert_eq!(refusing.drain(49 * SECOND), [], "not quiet yet");
-        assert_eq!(refusing.drain(50 * SECOND), [Event::RefusalEnded { what: x509, count: 1 }]);
+        assert_eq!(
+            refusing.drain(50 * SECOND),
+            [Event::RefusalEnded { what: x509, with_family: false, count: 1 }]
+        );
         assert_eq!(refusing.drain(60 * SECOND), []);
         assert_eq!(refusing.drain(61 * SECOND), [refusing_now(jwt.clone(), 2)], "it goes on");
-        assert_eq!(refusing.drain(78 * SECOND), [Event::RefusalEnded { what: jwt, count: 1002 }]);
+        assert_eq!(
+            refusing.drain(78 * SECOND),
+            [Event::RefusalEnded { what: jwt, with_family: false, count: 1002 }]
+        );
         assert_eq!(refusing.drain(200 * SECOND), []);
+    }
+
+    /// Who can be many callers leaves the list to others.
+    #[test]
+    fn a_family_has_one_place_in_the_list() {
+        let families = Families::parse("somebody:100000:65536\n", |_| None);
+        let mut refusing = Refusing::default();
+        for uid in 100_007..101_000 {
+            refusing.note(1, calls_of(uid, Method::FetchJwtSvid), &families);
+        }
+        for uid in [7, 8] {
+            refusing.note(2, calls_of(uid, Method::FetchJwtSvid), &families);
+        }
+        let told = |event: &Event| match event {
+            Event::Refusing { what, with_family, times, .. } => (what.name.to_string(), *with_family, *times),
+            other => panic!("{other:?}"),
+        };
+        let told: Vec<_> = refusing.drain(SECOND).iter().map(told).collect();
+        let alone = |uid: u32| (format!("uid:{uid}"), false, 1);
+        assert_eq!(told, [("uid:100007".to_owned(), true, 993), alone(7), alone(8)]);
     }
 
     #[test]
@@ -312,12 +362,13 @@ mod tests {
 
     #[test]
     fn many_refused_keys_are_few_lines() {
-        let mut refusing = Refusing::default();
+        let (mut refusing, families) = (Refusing::default(), Families::default());
         let mut lines = 0;
         // A new key is refused each millisecond, for 10 minutes, and some all the time; somebody logs each second.
         for ms in 0..600_000_u32 {
-            refusing.note(u64::from(ms) * 1_000_000, calls_of(ms, Method::FetchJwtSvid));
-            refusing.note(u64::from(ms) * 1_000_000, calls_of(ms % 32, Method::FetchX509Svid));
+            let now = u64::from(ms) * 1_000_000;
+            refusing.note(now, calls_of(ms, Method::FetchJwtSvid), &families);
+            refusing.note(now, calls_of(ms % 32, Method::FetchX509Svid), &families);
             if ms % 1000 == 0 {
                 lines += refusing.drain(u64::from(ms) * 1_000_000).len();
             }

@@ -13,7 +13,7 @@ labels! {
     Short, "kind" {
         /// Bytes of the memory budget.
         Memory = "memory",
-        /// Descriptors of the process.
+        /// Descriptors of the process, or connections, where their number is set.
         Descriptors = "descriptors",
         /// The processor time that the agent may use.
         Processor = "processor",

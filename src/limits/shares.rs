@@ -17,6 +17,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::{
+    accounts::level,
     apart::{KeptApart, QuotaChange},
     bucket::{Bucket, LONGEST, Quota, Shortfall, price},
     caller::CallerKey,
@@ -99,12 +100,13 @@ impl TakerShare {
     }
 
     /// What is spent of it and held, in nanoseconds of refill.
-    fn used(&mut self, now: u64, quota: Quota, takers: usize) -> u64 {
-        self.own.spent(now, quota).saturating_add(Self::price(self.own.held, quota, takers))
+    fn used(&self, now: u64, quota: Quota, takers: usize) -> u64 {
+        let mut own = self.own;
+        own.spent(now, quota).saturating_add(Self::price(self.own.held, quota, takers))
     }
 
     /// When it has so many tokens, if it has not.
-    fn wait(&mut self, now: u64, quota: Quota, cost: u32, takers: usize) -> Option<Duration> {
+    fn wait(&self, now: u64, quota: Quota, cost: u32, takers: usize) -> Option<Duration> {
         let price = Self::price(cost, quota, takers);
         let after = self.used(now, quota, takers).saturating_add(price);
         let most = quota.refill().max(price);
@@ -235,7 +237,7 @@ impl Shares {
             share.taking.caller = share.is_own().then_some(taker.caller);
         }
         let takers = self.active;
-        let wait = self.all.get_mut(at).and_then(|share| share.wait(now, quota, cost, takers));
+        let wait = self.all.get(at).and_then(|share| share.wait(now, quota, cost, takers));
         let kept = quota.burst().div_ceil(2);
         let leaves = if takers > 1 && wait.is_some() { kept } else { 0 };
         let leaves_take = Duration::from_nanos(u64::from(leaves).saturating_mul(quota.per_token));
@@ -243,19 +245,26 @@ impl Shares {
         Claim { at, leaves, can_leave, leaves_take, wait: wait.unwrap_or_default() }
     }
 
-    /// The taker whose share this is joins: it has of the bucket what is promised to no other, up to its part.
+    /// The taker whose share this is joins. What the bucket has is promised anew: as much to it as to any other, and to nobody more
+    /// than it was.
     fn begin(&mut self, now: u64, common: Common, at: usize) {
         let Common { bucket, quota, .. } = common;
         let (takers, refill) = (self.active, quota.refill());
-        let mut promised = 0_u64;
-        for (nth, other) in self.all.iter_mut().enumerate() {
-            if nth != at && other.is_active(now, quota) {
-                promised = promised.saturating_add(refill.saturating_sub(other.used(now, quota, takers)));
-            }
-        }
+        let all =
+            self.all.iter().enumerate().filter(|(nth, other)| *nth == at || other.is_active(now, quota));
+        let promised =
+            all.map(
+                |(nth, other)| {
+                    if nth == at { refill } else { refill.saturating_sub(other.used(now, quota, takers)) }
+                },
+            );
         let there_is = bucket.unspent(now, quota).saturating_mul(u64::try_from(takers).unwrap_or(u64::MAX));
-        if let Some(share) = self.all.get_mut(at) {
-            share.own.spend(now, quota, refill.saturating_sub(there_is.saturating_sub(promised)));
+        let most = level(promised, there_is).min(refill);
+        for (nth, share) in self.all.iter_mut().enumerate() {
+            if nth == at || share.is_active(now, quota) {
+                let held = TakerShare::price(share.own.held, quota, takers);
+                share.own.spend(now, quota, (refill - most).saturating_sub(held));
+            }
         }
     }
 
@@ -593,6 +602,28 @@ mod tests {
         }
     }
 
+    /// One shouts, and others come one after the other and ask for little: each is served, though what is kept was promised to
+    /// those before it.
+    #[test]
+    fn who_joins_is_served_of_what_is_kept_for_those_who_ask_for_little() {
+        let (quota, short) = (quota(50.0, 100), Shortfall::Refuse);
+        let mut bucket = SharedBucket::default();
+        let mut refused = Vec::new();
+        for ms in 0..24_000_u64 {
+            let now = SECOND + ms * 1_000_000;
+            let _passed: bool = bucket.take(now, quota, 1, taker(1), short).is_ok();
+            // Ten of them, each twice.
+            if ms % 1_100 == 1_000 {
+                let uid = 2 + u32::try_from(ms / 1_100 % 10).unwrap();
+                if bucket.take(now, quota, 1, taker(uid), short).is_err() {
+                    refused.push((ms, uid));
+                }
+            }
+        }
+        assert_eq!(refused, [(1_000, 2)], "nothing was kept before there was a second one");
+        assert!(bucket.left(SECOND + 24 * SECOND, quota, 0) <= 60, "what is not kept is taken");
+    }
+
     /// One that keeps a bucket empty, or that has asked for nothing for long, has no more of it than others.
     #[test]
     fn who_joins_or_comes_back_to_an_empty_bucket_finds_a_token_when_it_is_told() {
@@ -697,7 +728,7 @@ mod tests {
                 let takers = shares.active;
                 prop_assert_eq!(takers, shares.all.len(), "none of them has left");
                 let promised: i128 =
-                    shares.all.iter_mut().map(|share| refill - i128::from(share.used(now, quota, takers))).sum();
+                    shares.all.iter().map(|share| refill - i128::from(share.used(now, quota, takers))).sum();
                 let there_is = i128::from(bucket.bucket.unspent(now, quota));
                 prop_assert!(promised <= there_is * i128::try_from(takers).unwrap(), "{promised} of {there_is}");
             }

@@ -15,6 +15,12 @@ pub trait AcceptGate: Send + Sync + 'static {
     /// Lives as long as the connection; its drop gives the place back.
     type Permit: Send + Sync + Unpin + 'static;
 
+    /// Whether the process of one of this user may be asked after to find out whom to charge, before it is let in: the kernel keeps
+    /// something of each that is. By default it may.
+    fn may_ask_after_process(&self, _user: CallerKey) -> bool {
+        true
+    }
+
     /// Lets a connection in, or not; what refuses it is counted. One that is refused for want of room
     /// ([`ConnectionRefusal::is_soft`]) waits a moment and is asked for again, up to the last time: until then that is not
     /// counted.

@@ -26,29 +26,25 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use crate::os::headroom::Headroom;
+use crate::os::{headroom::Headroom, membarrier::KEPT_OF_FILE};
 
 /// The most accepts to a grace period while what they leave may not fit.
 const MOST: u64 = 4096;
 /// And the fewest: the door never shuts.
 const LEAST: u64 = 64;
-/// What the kernel keeps of a connection until it frees it, in bytes. Measured: 1,257, and 200 more with a pidfd.
-const LEFT_BEHIND: u64 = 1536;
 /// What is left in a period may take one part in so many of what the cgroups have left.
 const PART: u64 = 4;
 /// How many may be accepted before it is looked again what is left.
 const LOOK: u64 = 256;
 /// How old may be what is known of the limits and of what can be dropped.
 const KNOWN_FOR: Duration = Duration::from_millis(250);
-/// A grace period by time, where the kernel does not tell.
-const BY_TIME: Duration = Duration::from_millis(100);
 /// A grace period that takes longer than this does not shut the door: [`LEAST`] more are accepted each time.
 const AT_LATEST: Duration = Duration::from_millis(100);
 /// What the thread may need of a stack, in bytes.
 const STACK: usize = 64 * 1024;
 
-/// Waits for a grace period. Answers whether the kernel told of its end.
-pub(super) type GracePeriod = fn() -> bool;
+/// Waits for a grace period.
+pub(super) type GracePeriod = fn();
 
 /// How many connections may be accepted.
 #[derive(Debug)]
@@ -67,7 +63,7 @@ pub(super) struct Allowance {
 }
 
 impl Allowance {
-    /// Starts the thread, which waits with `period`, or for [`BY_TIME`].
+    /// Starts the thread, which waits with `period`.
     ///
     /// # Errors
     /// It cannot be started.
@@ -98,7 +94,7 @@ impl Allowance {
         }
         if self.unlooked >= LOOK {
             self.unlooked = 0;
-            let fits = self.headroom.left() / PART / LEFT_BEHIND;
+            let fits = self.headroom.left() / PART / KEPT_OF_FILE;
             self.most = (fits < MOST).then_some(fits.max(LEAST));
         }
         let may = self.most.map_or(run, |most| {
@@ -157,9 +153,7 @@ fn wait_for_periods(
             headroom.look_again();
             known = Some(now);
         }
-        if !period() {
-            thread::park_timeout(BY_TIME);
-        }
+        period();
         ended.send_modify(|periods| *periods = periods.wrapping_add(1));
     }
 }
@@ -169,7 +163,7 @@ mod tests {
     use std::{fs, path::Path};
 
     use super::*;
-    use crate::os::membarrier::grace_period;
+    use crate::os::membarrier::{by_time, grace_period};
 
     const RUN: usize = 64;
     const MIB: u64 = 1 << 20;
@@ -203,8 +197,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn as_many_as_fit_are_taken_to_a_period_by_the_kernel_and_by_time() {
-        let ways: [(&str, GracePeriod); 2] =
-            [("as the kernel tells", || grace_period().is_ok()), ("by time", || false)];
+        let ways: [(&str, GracePeriod); 2] = [("as the kernel tells", grace_period), ("by time", by_time)];
         for (case, period) in ways {
             let dir = tempfile::tempdir().unwrap();
             leave(dir.path(), 64 * MIB);

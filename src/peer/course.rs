@@ -37,17 +37,33 @@ const LEAVE: Duration = Duration::from_secs(3);
 enum Farewell {
     /// Nothing: it goes on.
     Unsaid,
-    /// To end. At `cut_at` it is cut, if it has no request then.
-    Said { why: ConnectionEnd, cut_at: Instant },
-    /// To end with the last of its requests.
-    Final { why: ConnectionEnd },
+    /// To end with the last of its requests: one that crosses it is served to its end.
+    Said { why: ConnectionEnd, since: Instant },
     /// The same, since the agent ends. What the agent has to do is done as long as the drain lasts; for the peer nobody waits
-    /// longer than a farewell takes, since others cannot connect meanwhile.
+    /// longer than a farewell takes, since others cannot connect meanwhile, nor for what it asks after it was told.
     Drains { since: Instant },
     /// To come back on another. At `cut_at` it is cut, whatever it has then.
     SentAway { why: ConnectionEnd, cut_at: Instant },
     /// That it is not heard any more, and to end. At `cut_at` it is cut, whatever it has then.
     Unheard { cut_at: Instant },
+}
+
+impl Farewell {
+    /// Since when nothing is waited for but its end, if that is so: a farewell later it is cut.
+    fn waits_no_more(self, look: Look) -> Option<Instant> {
+        let told = match self {
+            Self::Said { since, .. } | Self::Drains { since } => since,
+            Self::Unsaid | Self::SentAway { .. } | Self::Unheard { .. } => return None,
+        };
+        let done = match (self, look) {
+            (_, Look::NoRequestYet) => told,
+            (_, Look::Idle { since }) => since,
+            (Self::Drains { .. }, Look::Busy { for_peer, .. }) => for_peer?,
+            (Self::Drains { .. }, Look::Open) => told,
+            (_, Look::Busy { .. } | Look::Open) => return None,
+        };
+        Some(done.max(told))
+    }
 }
 
 /// What is to be done with a connection.
@@ -129,27 +145,13 @@ impl Course {
                 _ => Verdict::GoesOn,
             };
         }
-        if enough {
+        if enough && !self.drains() {
             return self.send_away(ConnectionEnd::Wasteful, now);
         }
-        if let Farewell::Said { why, cut_at } = self.farewell
-            && now >= cut_at
+        if let (Some(since), Some(why)) = (self.farewell.waits_no_more(look), self.why())
+            && now >= since + FAREWELL
         {
-            match look {
-                Look::Idle { .. } | Look::NoRequestYet => return Verdict::Cut(why),
-                // A request crossed the farewell: it is served to its end, and the connection ends with it.
-                Look::Busy { .. } | Look::Open => self.farewell = Farewell::Final { why },
-            }
-        }
-        if let Farewell::Drains { since: told } = self.farewell {
-            let done = match look {
-                Look::Busy { for_peer, .. } => for_peer,
-                Look::Idle { since } => Some(since),
-                Look::NoRequestYet | Look::Open => Some(told),
-            };
-            if done.is_some_and(|since| now >= since.max(told) + FAREWELL) {
-                return Verdict::Cut(ConnectionEnd::Drained);
-            }
+            return Verdict::Cut(why);
         }
         let due = match look {
             Look::NoRequestYet => (now >= self.handshake_by).then_some(ConnectionEnd::HandshakeTimeout),
@@ -165,7 +167,7 @@ impl Course {
         };
         match (due, self.farewell) {
             (Some(why), Farewell::Unsaid) => {
-                self.farewell = Farewell::Said { why, cut_at: now + FAREWELL };
+                self.farewell = Farewell::Said { why, since: now };
                 Verdict::SayFarewell
             }
             _ => Verdict::GoesOn,
@@ -179,22 +181,23 @@ impl Course {
         for at in [watch_at, self.read_again_at, self.pauses.until()].into_iter().flatten() {
             next = next.min(at);
         }
-        match (self.turns.look(), self.bounds.idle_timeout) {
+        let look = self.turns.look();
+        match (look, self.bounds.idle_timeout) {
             (Look::NoRequestYet, _) if self.handshake_by > now => next = next.min(self.handshake_by),
             (Look::Idle { since }, Some(idle)) => next = next.min((since + idle).max(now + WATCH_AFTER)),
             _ => {}
         }
-        match self.farewell {
-            Farewell::Said { cut_at, .. }
-            | Farewell::SentAway { cut_at, .. }
-            | Farewell::Unheard { cut_at } => next.min(cut_at),
-            Farewell::Drains { .. } => next.min(now + FAREWELL),
-            Farewell::Unsaid | Farewell::Final { .. } => next,
+        match (self.farewell, self.farewell.waits_no_more(look)) {
+            (Farewell::SentAway { cut_at, .. } | Farewell::Unheard { cut_at }, _) => next.min(cut_at),
+            (_, Some(since)) => next.min(since + FAREWELL),
+            (Farewell::Drains { .. }, None) => next.min(now + FAREWELL),
+            (Farewell::Unsaid | Farewell::Said { .. }, None) => next,
         }
     }
 
     /// The agent drains: it is told to end with the last of its requests.
     pub(super) fn drain(&mut self, now: Instant) -> Verdict {
+        self.turns.end_begins();
         self.farewell = Farewell::Drains { since: now };
         Verdict::SayFarewell
     }
@@ -234,9 +237,7 @@ impl Course {
     fn why(&self) -> Option<ConnectionEnd> {
         match self.farewell {
             Farewell::Unsaid => None,
-            Farewell::Said { why, .. } | Farewell::Final { why } | Farewell::SentAway { why, .. } => {
-                Some(why)
-            }
+            Farewell::Said { why, .. } | Farewell::SentAway { why, .. } => Some(why),
             Farewell::Drains { .. } => Some(ConnectionEnd::Drained),
             Farewell::Unheard { .. } => Some(ConnectionEnd::AnotherWriter),
         }
@@ -307,6 +308,53 @@ mod tests {
         }
     }
 
+    /// What a client begins that does not listen holds up nothing, and what it began before is done.
+    #[test]
+    fn a_drain_waits_for_nothing_that_begins_later() {
+        #[derive(Clone, Copy)]
+        enum Before {
+            Nothing,
+            Answered,
+            AwaitsPeer,
+            AwaitsAgent,
+        }
+        let start = Instant::now();
+        for (case, before, later, cut) in [
+            ("a new connection's first", Before::Nothing, 1, false),
+            ("and a second", Before::Nothing, 2, false),
+            ("after one that was answered", Before::Answered, 1, true),
+            ("beside one whose rest is missing", Before::AwaitsPeer, 1, true),
+            ("beside one that is being answered", Before::AwaitsAgent, 1, false),
+            ("and others", Before::AwaitsAgent, 2, false),
+        ] {
+            let turns = Arc::new(Turns::default());
+            let mut course = course(&turns, start, start + TICK);
+            let mut request = (!matches!(before, Before::Nothing)).then(|| Turn::begin(&turns));
+            let mut upload =
+                request.as_ref().filter(|_| matches!(before, Before::AwaitsPeer)).map(Turn::upload);
+            assert!(upload.as_mut().is_none_or(|upload| upload.waits(10).is_ok()), "{case}");
+            if matches!(before, Before::Answered) {
+                request = None;
+            }
+            let told = Instant::now();
+            course.drain(told);
+            let mut others: Vec<Turn> = (0..later).map(|_| Turn::begin(&turns)).collect();
+            let due = told + FAREWELL;
+            assert_eq!(course.next_look(told), due.min(start + READ_AGAIN_AFTER), "{case}");
+            assert_eq!(course.look(due - Duration::from_millis(1)), Verdict::GoesOn, "{case}");
+            let then = if cut { Verdict::Cut(ConnectionEnd::Drained) } else { Verdict::GoesOn };
+            assert_eq!(course.look(due), then, "{case}");
+            if !cut {
+                // That one ends, and the others are still being answered, or begin and end again and again.
+                drop(if request.is_some() { request.take() } else { Some(others.remove(0)) });
+                let ended = Instant::now();
+                others.push(Turn::begin(&turns));
+                assert_eq!(course.look(ended + FAREWELL), Verdict::Cut(ConnectionEnd::Drained), "{case}");
+            }
+            drop((upload, request, others));
+        }
+    }
+
     #[test]
     fn what_is_there_is_looked_at_again_at_once_or_soon() {
         let turns = Arc::new(Turns::default());
@@ -352,8 +400,10 @@ mod tests {
             assert_eq!(course.why(), Some(ConnectionEnd::HandshakeTimeout), "{case}");
             if crosses {
                 assert_eq!(course.next_look(cut), cut + TICK, "{case}");
+                drop(request);
+                let over = Verdict::Cut(ConnectionEnd::HandshakeTimeout);
+                assert_eq!(course.look(cut + TICK), over, "{case}, and is over");
             }
-            drop(request);
         }
     }
 }

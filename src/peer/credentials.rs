@@ -213,6 +213,7 @@ pub struct Arrival {
     place: Option<PodPlace>,
     /// `None` until it is let in, where the key did not need it.
     process: Option<Process>,
+    is_shown: bool,
 }
 
 impl Arrival {
@@ -222,9 +223,25 @@ impl Arrival {
     /// [`CredentialsError`] when it does not say, or when the key is the process's and it has ended: the
     /// connection must be closed.
     pub fn at(stream: &impl AsFd, keys: &dyn KeyResolver) -> Result<Self, CredentialsError> {
+        Self::asking(stream, keys, |_user| true)
+    }
+
+    /// The same, where the process is not asked after unless it `may_be`: of whom that is not so, the user is charged.
+    ///
+    /// # Errors
+    /// As [`Self::at`].
+    pub(super) fn asking(
+        stream: &impl AsFd,
+        keys: &dyn KeyResolver,
+        may_be: impl FnOnce(CallerKey) -> bool,
+    ) -> Result<Self, CredentialsError> {
         let credentials = Credentials::of(stream)?;
         if let Some(caller) = keys.key_of_user(&credentials) {
-            return Ok(Self { credentials, caller, place: None, process: None });
+            return Ok(Self { credentials, caller, place: None, process: None, is_shown: false });
+        }
+        let user = CallerKey::Uid(credentials.uid.as_raw());
+        if !may_be(user) {
+            return Ok(Self { credentials, caller: user, place: None, process: None, is_shown: false });
         }
         let process = Process::of(stream, &credentials)?;
         let place = keys.place_of_process(&credentials, &process);
@@ -233,9 +250,13 @@ impl Arrival {
         if process.has_exited() {
             return Err(CredentialsError::Gone { pid: credentials.pid });
         }
-        let caller =
-            place.map_or(CallerKey::Uid(credentials.uid.as_raw()), |place| CallerKey::Pod(place.pod));
-        Ok(Self { credentials, caller, place, process: Some(process) })
+        let caller = place.map_or(user, |place| CallerKey::Pod(place.pod));
+        Ok(Self { credentials, caller, place, process: Some(process), is_shown: true })
+    }
+
+    /// Whether the kernel was asked after the process, of which it made [names](crate::limits::names), before it was let in.
+    pub fn is_shown(&self) -> bool {
+        self.is_shown
     }
 
     /// Whom the connection is charged to.
@@ -277,7 +298,7 @@ impl Arrival {
     /// # Errors
     /// [`CredentialsError`] when there is nothing to hold on to: the connection must be closed.
     pub fn let_in(self, stream: &impl AsFd) -> Result<Peer, CredentialsError> {
-        let Self { credentials, caller, place, process } = self;
+        let Self { credentials, caller, place, process, .. } = self;
         let process = match process {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
@@ -288,7 +309,7 @@ impl Arrival {
     /// The same, and where there is nothing to hold on to, without: for a gate that [goes by the
     /// user](super::AcceptGate::goes_by_user).
     pub(super) fn let_in_by_user(self, stream: &impl AsFd) -> Peer {
-        let Self { credentials, caller, place, process } = self;
+        let Self { credentials, caller, place, process, .. } = self;
         let process =
             process.or_else(|| Process::of(stream, &credentials).ok()).unwrap_or(Process::OutOfNamespace);
         Peer { place, groups: connected_groups(stream), ..Peer::new(credentials, caller, process) }

@@ -220,7 +220,8 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Lets one in that has come, or not.
     fn take(&mut self, mut stream: Accepted<StdStream>, now: Instant) -> Result<(), NotTaken> {
-        let arrival = match Arrival::at(&stream, &*self.keys) {
+        let may_ask = |user| self.gate.may_ask_after_process(user);
+        let arrival = match Arrival::asking(&stream, &*self.keys, may_ask) {
             Ok(arrival) => arrival,
             Err(error) => return Err(self.not_identified(stream, error, now)),
         };

@@ -52,28 +52,48 @@ const FRAME_HEAD: u32 = 9;
 /// look like a flood.
 const DATA_COST: u32 = 8;
 
-/// So many bytes of bodies come with a request; before that as many as the largest has. h2 throws away what comes for one that was
-/// answered or reset, and gives its window back: that does not bound it.
-const BODY: u32 = 8 * 1024;
-const BODIES_AT_FIRST: u32 = 68 * 1024;
-const BODIES_AT_MOST: u32 = 256 * 1024;
-/// So many bytes of bodies beyond that count as one that is no request: a read brings 2 KiB of them, and is an answer for nothing.
-const BODY_BYTES: u32 = 16;
-
 /// How much of a frame may have passed, its head included, where something is put into it: `:authority` is one of the first
 /// four fields, and nobody calls a method with a longer name.
 pub(super) const MAY_GROW: u32 = 256;
 
-/// So many bytes of frames that are no request come with one: SETTINGS, a PING or two, WINDOW_UPDATEs.
-const BESIDE_A_REQUEST: u32 = 256;
-/// The same of requests before it, and at the start of a connection.
-const BESIDE_AT_MOST: u32 = 1024;
-/// What so many bytes more of them, some eight frames, count for is an answer that was no work to conserve.
-const A_WASTE: u32 = 128;
+/// How many bytes of a kind are for something. What is beyond is [waste](crate::limits::waste): it counts as answers that were no
+/// work to conserve.
+#[derive(Clone, Copy, Debug)]
+struct UsefulBytes {
+    /// So many may come before the first request, so many more with each, and so many are kept for later ones at most.
+    at_first: u32,
+    with_request: u32,
+    at_most: u32,
+    /// So many beyond that are one answer: a multiple of [`PARTS`].
+    to_an_answer: u32,
+}
 
-/// So long a request's head may be for nothing: ten fields as clients of gRPC write them. h2 walks the fields of one that is
-/// malformed to its end, and one byte can be a field; what is beyond counts as bytes that are no request.
-const USUAL_HEAD: u32 = 512;
+/// What is beyond is counted in so many parts of an answer.
+const PARTS: u32 = 128;
+
+impl UsefulBytes {
+    /// Frames that are no request: SETTINGS, a PING or two, WINDOW_UPDATEs. Of those beyond some eight are an answer.
+    const BESIDE: Self = Self { at_first: 1024, with_request: 256, at_most: 1024, to_an_answer: 128 };
+    /// A request's head: ten fields as clients of gRPC write them. h2 walks the fields of one that is malformed to its end, and
+    /// one byte can be a field.
+    const HEAD: Self = Self { at_first: 0, with_request: 512, at_most: 512, to_an_answer: 128 };
+    /// Bodies: as many as the largest has, before the first; and a token to validate with each. h2 throws away what comes for a
+    /// request that was answered or reset, and gives its window back: that does not bound it. A read brings 2 KiB of them.
+    const BODY: Self =
+        Self { at_first: 68 * 1024, with_request: 2 * 1024, at_most: 256 * 1024, to_an_answer: 2 * 1024 };
+
+    /// What is `left` with another request.
+    fn filled(self, left: u32) -> u32 {
+        left.saturating_add(self.with_request).min(self.at_most)
+    }
+
+    /// Takes so many bytes of what is `left`. Returns what is beyond it, in parts of an answer.
+    fn spend(self, left: &mut u32, bytes: u32) -> u32 {
+        let beyond = bytes.saturating_sub(*left);
+        *left = left.saturating_sub(bytes);
+        beyond / (self.to_an_answer / PARTS)
+    }
+}
 
 /// What comes before a DATA, back to the one before it, is in the same buffer of h2's; more of it than this is told.
 const WORTH_TELLING: u32 = 512;
@@ -143,7 +163,7 @@ pub struct Filter {
     budget: FrameBudget,
     left: u32,
     filled_at: Instant,
-    /// What may still come beside requests, and in bodies, before it is waste; and bytes of what came beyond it.
+    /// What is left of [`UsefulBytes`] beside requests, and of bodies; and what came beyond it, in parts of an answer.
     beside: u32,
     bodies: u32,
     wasted: u32,
@@ -201,8 +221,8 @@ impl Filter {
             budget,
             left: budget.burst,
             filled_at: now,
-            beside: BESIDE_AT_MOST,
-            bodies: BODIES_AT_FIRST,
+            beside: UsefulBytes::BESIDE.at_first,
+            bodies: UsefulBytes::BODY.at_first,
             wasted: 0,
             since_data: 0,
             run: DataRun::default(),
@@ -326,8 +346,8 @@ impl Filter {
 
     /// How many answers that were no work to conserve came as frames since this was asked last.
     pub(super) fn take_wasted(&mut self) -> u32 {
-        let wasted = self.wasted / A_WASTE;
-        self.wasted %= A_WASTE;
+        let wasted = self.wasted / PARTS;
+        self.wasted %= PARTS;
         wasted
     }
 
@@ -445,9 +465,8 @@ impl Filter {
         let refused = is_trailers && !is_empty && flags & END_STREAM != 0;
         match kind {
             DATA if length > 0 => {
-                let beyond = length.saturating_sub(self.bodies);
-                self.bodies = self.bodies.saturating_sub(length);
-                self.wasted = self.wasted.saturating_add(beyond / BODY_BYTES);
+                let wasted = UsefulBytes::BODY.spend(&mut self.bodies, length);
+                self.wasted = self.wasted.saturating_add(wasted);
                 self.charge(FRAME_HEAD + DATA_COST, now)?;
             }
             // A stream begins: its number is higher than any before (RFC 9113, section 5.1.1).
@@ -457,9 +476,11 @@ impl Filter {
                 self.heads = self.heads.saturating_add(1);
                 self.in_head = true;
                 self.left = self.budget.burst;
-                self.beside = self.beside.saturating_add(BESIDE_A_REQUEST).min(BESIDE_AT_MOST);
-                self.bodies = self.bodies.saturating_add(BODY).min(BODIES_AT_MOST);
-                self.wasted = self.wasted.saturating_add(length.saturating_sub(USUAL_HEAD));
+                self.beside = UsefulBytes::BESIDE.filled(self.beside);
+                self.bodies = UsefulBytes::BODY.filled(self.bodies);
+                // Nothing of it is kept for the next one.
+                let mut of_head = UsefulBytes::HEAD.filled(0);
+                self.wasted = self.wasted.saturating_add(UsefulBytes::HEAD.spend(&mut of_head, length));
             }
             _ => self.charge(FRAME_HEAD.saturating_add(length), now)?,
         }
@@ -519,8 +540,7 @@ impl Filter {
     }
 
     fn charge(&mut self, cost: u32, now: &impl Fn() -> Instant) -> Result<(), Flood> {
-        self.wasted = self.wasted.saturating_add(cost.saturating_sub(self.beside));
-        self.beside = self.beside.saturating_sub(cost);
+        self.wasted = self.wasted.saturating_add(UsefulBytes::BESIDE.spend(&mut self.beside, cost));
         if cost > self.left {
             let now = now();
             let since = now.saturating_duration_since(self.filled_at).as_millis();
@@ -693,7 +713,7 @@ mod tests {
                 filter.pass(&mut [request(2 * nth + 1), beside.clone()].concat(), || now).unwrap();
                 wasted += filter.take_wasted();
             }
-            let allowed = (BESIDE_AT_MOST + 100 * BESIDE_A_REQUEST) / A_WASTE;
+            let allowed = (1024 + 100 * 256) / 128;
             assert!((want - want.min(allowed)..=want).contains(&wasted), "{case}: {wasted} of {want}");
         }
     }
@@ -717,16 +737,16 @@ mod tests {
     /// What comes for requests that were answered is thrown away, and asked for again and again.
     #[test]
     fn bodies_beyond_what_requests_bring_along_are_waste() {
+        const BODY: u32 = 2 * 1024;
         let now = Instant::now();
-        let all = |bytes: u32, heads: u32| {
-            bytes.saturating_sub(BODIES_AT_FIRST + heads * BODY) / BODY_BYTES / A_WASTE
-        };
+        let all = |bytes: u32, heads: u32| bytes.saturating_sub(68 * 1024 + heads * BODY) / 2048;
         for (case, rounds, heads, parts, length) in [
             ("a body of the largest size", 1, 1, 4, 16 * 1024),
             ("ordinary ones, one after the other", 100, 1, 1, BODY),
             ("many of them together", 1, 30, 30, BODY),
             ("what comes for none", 1, 1, 104, 16 * 1024),
             ("long ones, one after the other", 100, 1, 1, 16 * 1024),
+            ("longer than a token, of requests that are reset", 100, 1, 1, 8 * 1024),
         ] {
             let mut filter = Filter::new(FrameBudget::DEFAULT, now);
             filter.pass(&mut connection(), || now).unwrap();
@@ -743,7 +763,7 @@ mod tests {
             }
             let want = all(rounds * parts * length, rounds * heads);
             // Heads of frames count too.
-            let of_frames = if want > 0 { rounds * parts * (FRAME_HEAD + DATA_COST) / A_WASTE } else { 0 };
+            let of_frames = if want > 0 { rounds * parts * (FRAME_HEAD + DATA_COST) / 128 } else { 0 };
             assert!((want..=want + of_frames + 1).contains(&wasted), "{case}: {wasted} of {want}");
         }
     }

@@ -108,8 +108,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         let Self { socket, mut bounds, gate, keys, stats } = self;
         let (listener, path) = socket.into_parts();
         let closing = closing(&listener, path.as_ref())?;
-        let allowance =
-            gate.headroom().map(|it| Allowance::start(it, || grace_period().is_ok())).transpose()?;
+        let allowance = gate.headroom().map(|it| Allowance::start(it, grace_period)).transpose()?;
         let listener = Acceptor::new(listener)?;
         let room = gate.room();
         let in_force = InForce::new(bounds.borrow_and_update().clone(), &stats);

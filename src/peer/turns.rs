@@ -44,6 +44,8 @@ struct TurnSlots {
     last_ended: Option<Instant>,
     /// Requests that have begun.
     begun: u64,
+    /// How many of them may hold up the end of the agent, once it ends.
+    in_time: Option<u64>,
     /// Bytes of requests that are not complete.
     uploads: u64,
     unsent: Unsent,
@@ -112,6 +114,11 @@ impl TurnSlots {
         self.slots.get_mut(at).filter(|slot| slot.call == call && slot.open)
     }
 
+    /// Whether this request may hold up the end of the agent.
+    fn is_in_time(&self, call: u64) -> bool {
+        self.in_time.is_none_or(|last| call <= last)
+    }
+
     /// Of the streams that h2 may have had at once, how many are none of the slots.
     fn unseen(&self) -> usize {
         self.together.saturating_sub(self.slots.len().max(1))
@@ -166,7 +173,8 @@ pub(super) enum NoRoom {
     OfNode,
 }
 
-/// What the connection's task wants to know.
+/// What the connection's task wants to know. Once the agent ends, what waits and what has ended are looked for among the requests
+/// that may hold that up.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Look {
     NoRequestYet,
@@ -195,7 +203,8 @@ impl Turns {
 
     pub(super) fn look(&self) -> Look {
         self.with(|turns| {
-            let busy = || turns.slots.iter().filter_map(|slot| Some((slot.waits_since()?, slot)));
+            let in_time = || turns.slots.iter().filter(|slot| turns.is_in_time(slot.call));
+            let busy = || in_time().filter_map(|slot| Some((slot.waits_since()?, slot)));
             let waits_since = busy().map(|(since, _)| since).min();
             match (waits_since, turns.open, turns.last_ended) {
                 (Some(since), ..) => {
@@ -208,6 +217,11 @@ impl Turns {
                 (None, 0, None) => Look::NoRequestYet,
             }
         })
+    }
+
+    /// The agent ends: what begins from now on does not hold that up. The first may be on its way to a connection that is new.
+    pub(super) fn end_begins(&self) {
+        self.with(|turns| turns.in_time = Some(turns.begun.max(1)));
     }
 
     /// Whether no request has come yet, or the first is on its way. Heads that begin none are not waited for.
@@ -269,9 +283,11 @@ impl Turns {
     fn update_to_its_end(&self, at: usize, change: impl FnOnce(&mut TurnSlots)) {
         self.update(|turns| {
             change(turns);
-            if turns.slots.get(at).is_some_and(TurnSlot::is_free) {
+            if let Some(call) = turns.slots.get(at).filter(|slot| slot.is_free()).map(|slot| slot.call) {
                 turns.open -= 1;
-                turns.last_ended = Some(Instant::now());
+                if turns.is_in_time(call) {
+                    turns.last_ended = Some(Instant::now());
+                }
             }
         });
     }

@@ -51,8 +51,8 @@ impl CacheSettings {
             ("agent.jwt_svid_cache_max_size", self.jwt_svids, CACHED_JWT_SVID),
         ];
         let beyond = sizes.into_iter().filter_map(|(key, size, each)| {
-            let value = u32::try_from(size.count()).unwrap_or(u32::MAX);
-            let (takes, fit) = (u64::from(value) * each, budget / each);
+            let value = u64::try_from(size.count()).unwrap_or(u64::MAX);
+            let (takes, fit) = (value.saturating_mul(each), budget / each);
             let why = || {
                 format!(
                     "takes {takes} bytes when it is full, and {whose} is {budget}, which has room for {fit}"

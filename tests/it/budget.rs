@@ -15,7 +15,7 @@ use nix::unistd::geteuid;
 use crate::{
     frames::{PREFACE, SETTINGS, call_frames, frame, message},
     hostile::{NEIGHBOUR, PATIENCE},
-    support::{Process, TRUST_DOMAIN, entry, request, write_config},
+    support::{Process, TRUST_DOMAIN, entry, refusable_client, request, write_config},
 };
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_durward");
@@ -116,6 +116,21 @@ impl Place {
         text(&Command::new(PROGRAM).args(words).arg("--socket-path").arg(self.admin()).output().unwrap())
     }
 
+    /// Connects and calls until the answer is this one.
+    async fn hears(&self, want: &str) {
+        let began = std::time::Instant::now();
+        loop {
+            let asked = JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() };
+            let mut client = refusable_client(&self.dir().join("api.sock"));
+            let heard = client.fetch_jwtsvid(request(asked)).await.map(drop);
+            if heard.as_ref().is_err_and(|status| status.message() == want) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{want}: {heard:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// What is said once it holds this.
     fn told(&self, words: &[&str], want: &str) -> String {
         let began = std::time::Instant::now();
@@ -207,9 +222,9 @@ async fn a_limit_above_the_cgroups_does_not_count() {
     let place = Place::with("memory { limit = \"64MiB\" }");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     let _client = agent.serving(place.dir()).await;
-    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit is 67108864 bytes, above the");
+    let status = place.told(&["status"], "Wrong:        ratelimit.memory.limit 67108864: is above the");
     assert!(status.contains("used of 24.0 MiB (the memory limit of its cgroup)"), "{status}");
-    assert!(place.log().contains("ratelimit.memory.limit is 67108864 bytes"), "{}", place.log());
+    assert!(place.log().contains("ratelimit.memory.limit 67108864: is above"), "{}", place.log());
     place.set("memory { limit = \"16MiB\" }");
     let _reloaded = place.ask(&["reload"]);
     let status = place.told(&["status"], "used of 16.0 MiB (ratelimit.memory.limit)");
@@ -267,7 +282,7 @@ async fn a_budget_that_nobody_set_is_a_part_of_the_machines_memory() {
         assert!(began.elapsed() < PATIENCE, "{}", place.log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let output = fetch_as_neighbour(&place);
+    let output = fetch_as(&place, NEIGHBOUR);
     assert!(output.status.success(), "{}", text(&output));
     assert!(!agent.has_ended(), "{}", place.log());
 }
@@ -322,11 +337,11 @@ async fn what_does_not_fit_a_part_of_the_machine_is_said() {
     assert!(status.contains("Wrong:        nothing"), "{status}");
 }
 
-/// A token for the neighbour, fetched as it.
-fn fetch_as_neighbour(place: &Place) -> Output {
+/// A token, fetched as this user.
+fn fetch_as(place: &Place, uid: u32) -> Output {
     let mut command = Command::new(PROGRAM);
     command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
-    command.arg(place.dir().join("api.sock")).current_dir("/").uid(NEIGHBOUR).gid(NEIGHBOUR).output().unwrap()
+    command.arg(place.dir().join("api.sock")).current_dir("/").uid(uid).gid(uid).output().unwrap()
 }
 
 /// Processes that live on, which end with this.
@@ -350,18 +365,27 @@ impl Drop for Sleepers {
     }
 }
 
-/// What the kernel keeps of names that were looked up, those of living processes among them, it drops when it needs memory: it is
-/// charged to the agent, and takes nobody's place.
+/// What the kernel keeps of the names of processes is charged to the agent, and held by those whose processes came meanwhile: who holds
+/// more than its share of it gets no further connection, and takes nobody's place.
 #[tokio::test(flavor = "multi_thread")]
-async fn names_that_the_kernel_keeps_are_not_used() {
+async fn names_that_the_kernel_keeps_are_held_by_those_whose_processes_came() {
     const NAMES: u64 = 14 << 20;
+    const HOLDER: u32 = 700_099;
+    if !geteuid().is_root() {
+        println!("only root can be others");
+        return;
+    }
     let Some(cgroup) = Confined::make("names") else { return };
     let place = Place::with("");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
-    let _client = agent.serving(place.dir()).await;
+    drop(agent.serving(place.dir()).await);
     let (before, mut sleepers) = (cgroup.kernel(), Sleepers(Vec::new()));
-    while cgroup.kernel() < before + NAMES {
-        let looked_up = sleepers.add(20);
+    let mut refused = None;
+    while cgroup.kernel() < before + NAMES && refused.is_none() {
+        // It has no entry, and is told so while it is let in.
+        let told = text(&fetch_as(&place, HOLDER));
+        refused = told.contains("memory").then_some(told);
+        let looked_up = sleepers.add(4);
         assert!(sleepers.0.len() < 2000, "{before} bytes, and now {}", cgroup.kernel());
         let [program, rest @ ..] = cgroup.enter();
         let mut find = Command::new(program);
@@ -372,15 +396,24 @@ async fn names_that_the_kernel_keeps_are_not_used() {
     let filled = std::time::Instant::now();
     // Memory is looked at every quarter of a second, or every second while nobody calls.
     while filled.elapsed() < Duration::from_secs(2) {
-        let output = fetch_as_neighbour(&place);
-        assert!(output.status.success(), "{}", text(&output));
+        let output = fetch_as(&place, NEIGHBOUR);
+        assert!(output.status.success(), "{}\n{}", text(&output), place.ask(&["limits"]));
+        let told = text(&fetch_as(&place, HOLDER));
+        refused = refused.or_else(|| told.contains("memory").then_some(told));
     }
     let limits = place.ask(&["limits"]);
-    assert!(limits.contains("pressure: none"), "{limits}");
-    if cgroup.kernel() < before + NAMES / 2 {
-        println!("the kernel dropped them by itself: that they do not count was not seen");
+    let is_held = |line: &str| line.starts_with(&format!("uid:{HOLDER} ")) && line.contains("KiB");
+    assert!(limits.lines().any(is_held), "{limits}");
+    if cgroup.kernel() < before + NAMES / 2 && refused.is_none() {
+        println!("the kernel dropped them by itself: that their holder is refused was not seen");
+    } else {
+        let told = refused.expect("it is refused");
+        assert!(told.contains("this caller holds its share of it"), "{told}");
     }
     assert!(!agent.has_ended(), "{}", place.log());
+    // What nobody holds any more is nobody's.
+    drop(sleepers);
+    let _within = place.told(&["limits"], "pressure: none");
 }
 
 /// Of a reserve that is larger than memory has room for less counts, and whoever looks hears how much.
@@ -388,15 +421,17 @@ async fn names_that_the_kernel_keeps_are_not_used() {
 async fn how_much_of_a_reserve_counts_is_said() {
     let Some(cgroup) = Confined::make("reserve") else { return };
     let place = Place::with("gate { reserve = 500 }");
-    let want =
-        "ratelimit.gate.reserve is 500, and an eighth of the memory budget has room for 76, which count";
+    let want = "ratelimit.gate.reserve 500: an eighth of the memory budget has room for 76, which count";
     let checked = cgroup.durward(&["validate"], place.dir());
     let said = text(&checked).split_whitespace().collect::<Vec<_>>().join(" ");
+    let at = said.split(want).next().unwrap().rsplit("Warning: ").next().unwrap();
+    let file = place.dir().join("agent.conf");
     assert!(checked.status.success() && said.contains(want), "{said}");
+    assert!(at.starts_with(&format!("{}:", file.display())), "it has its place: {said}");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     let _client = agent.serving(place.dir()).await;
     assert!(place.log().contains(want), "{}", place.log());
-    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve is 500");
+    let status = place.told(&["status"], "Wrong:        ratelimit.gate.reserve 500:");
     assert!(!status.contains("Wrong:        nothing"), "{status}");
     place.set("gate { reserve = 76 }");
     let _reloaded = place.ask(&["reload"]);
@@ -499,7 +534,7 @@ async fn for_each_refused_connection_there_is_an_answer() {
         // Some of those that were refused had left before they were looked at.
         assert!(refused.is_some_and(|refused| refused >= 20), "{case}: {limits}");
         if uid.is_root() && case != "blocked" {
-            let output = fetch_as_neighbour(&place);
+            let output = fetch_as(&place, NEIGHBOUR);
             assert!(output.status.success(), "{case}: {}", text(&output));
         }
     }
@@ -537,5 +572,7 @@ async fn few_descriptors_are_said() {
     let _told = place.told(&["limits"], "Room:        short of descriptors");
     let told = place.told(&["explain", "--pid", &std::process::id().to_string()], "short of descriptors");
     assert!(told.contains(" holds most: "), "{told}");
+    place.hears("the agent is short of descriptors, and this caller has its share of them").await;
+    assert!(place.log().contains("short_of=descriptors"), "{}", place.log());
     drop(streams);
 }

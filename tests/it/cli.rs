@@ -1333,8 +1333,10 @@ fn a_configuration_is_checked_without_starting() {
             &nameless,
             &[],
             valid,
-            "Warning: entry \"spiffe://example.org/web\" asks for unix:user:no-such-user: there is no such user on this \
-             node: add it, correct the name, or ask for its number, as unix:uid:1000.\n",
+            &format!(
+                "Warning: {path}:11:7: entry \"spiffe://example.org/web\" asks for unix:user:no-such-user: there is no such user on \
+                 this node: add it, correct the name, or ask for its number, as unix:uid:1000.\n"
+            ),
             0,
         ),
         (
@@ -1350,8 +1352,10 @@ fn a_configuration_is_checked_without_starting() {
             &tokenless,
             &[],
             valid,
-            "Warning: plugins.WorkloadAttestor: unable to load token: cannot read /nowhere/token, which token_path names: no such \
-             file or directory; the kubelet cannot be asked without it.\n",
+            &format!(
+                "Warning: {path}:7:28: plugins.WorkloadAttestor: unable to load token: cannot read /nowhere/token, which token_path \
+                 names: no such file or directory; the kubelet cannot be asked without it.\n"
+            ),
             0,
         ),
         (
@@ -1359,7 +1363,9 @@ fn a_configuration_is_checked_without_starting() {
             &taken,
             &[],
             valid,
-            &format!("Warning: telemetry.Prometheus.port: 127.0.0.1 port {port} is not free now"),
+            &format!(
+                "Warning: {path}:15:13: telemetry.Prometheus.port: 127.0.0.1 port {port} is not free now"
+            ),
             0,
         ),
         ("an address of another node", &elsewhere, &[], "", "Durward configuration file is invalid:\n", 1),
@@ -1382,7 +1388,9 @@ fn a_configuration_is_checked_without_starting() {
     let got = durward(&["validate", "-config", path, "-output", "json"]).output().unwrap();
     let said: Value = serde_json::from_slice(&got.stdout).unwrap();
     assert_eq!((said["valid"].clone(), got.status.code()), (json!(true), Some(0)));
-    assert_eq!(said["warnings"][0]["selector"], "unix:user:no-such-user", "{said}");
+    let warning = &said["warnings"][0];
+    assert_eq!(warning["selector"], "unix:user:no-such-user", "{said}");
+    assert_eq!((&warning["file"], &warning["line"]), (&json!(path), &json!(11)), "{said}");
     let got = durward(&["validate", "-config", "/nowhere/agent.conf"]).output().unwrap();
     assert!(text(&got.stderr).contains("/nowhere/agent.conf"), "{}", text(&got.stderr));
     assert_eq!(got.status.code(), Some(1));

@@ -68,7 +68,7 @@ async fn a_path_is_not_believed_where_its_user_mounts() {
     assert_eq!(refused.blame(), Blame::Refusal);
 
     let questions = attestor.prepare_for(&Arc::default());
-    let told = attestor.describe(&attestor.inspect(liar.pid()).unwrap(), &questions).await.unwrap();
+    let told = attestor.describe(&attestor.inspect(liar.pid()).await.unwrap(), &questions).await.unwrap();
     let told: Vec<_> = told.untold.iter().map(|it| (it.kind.as_str(), it.why.to_string())).collect();
     assert_eq!(
         told,

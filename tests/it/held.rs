@@ -97,7 +97,7 @@ impl AcceptGate for Keeper {
     }
 
     fn answer(&self, _caller: CallerKey, why: ConnectionRefusal) -> Option<http::HeaderMap> {
-        refused_connection(why, None, RejectionStatus::ResourceExhausted)
+        refused_connection(why, None, RejectionStatus::ResourceExhausted, "descriptors")
     }
 }
 

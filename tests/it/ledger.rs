@@ -726,7 +726,7 @@ fn serves(agent: &Weighed) -> bool {
         .is_some_and(|mut it| it.output().unwrap().status.success())
 }
 
-/// Without descriptors a caller has its share of them, and others find theirs.
+/// Without places a caller has its share of them, and others find theirs.
 #[test]
 fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {
     let agent = Weighed::start(
@@ -744,7 +744,7 @@ fn a_caller_has_its_share_of_places_and_a_neighbour_finds_one() {
         left = open.len();
     }
     assert!(left >= 130, "its share: {left}");
-    while !agent.log().contains("short_of=descriptors") {
+    while !agent.log().contains("short_of=connections") {
         assert!(began.elapsed() < PATIENCE, "{}", agent.log());
         thread::sleep(Duration::from_millis(100));
     }

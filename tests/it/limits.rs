@@ -709,7 +709,7 @@ async fn refusals_are_told_when_they_begin_and_end() {
         Event::Refusing { what, times, .. } => {
             format!("{} {} {times}: {:?}", what.stage.text(), what.name, limits.limit_of(&what.name, JWT))
         }
-        Event::RefusalEnded { what, count } => format!("end {} {} {count}", what.stage.text(), what.name),
+        Event::RefusalEnded { what, count, .. } => format!("end {} {} {count}", what.stage.text(), what.name),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
     };
     let told = || limits.events().iter().map(name).collect::<Vec<_>>();
@@ -1440,6 +1440,43 @@ async fn who_finds_no_memory_to_begin_is_refused_by_name() {
     assert_eq!(allowed(), 2.0);
     let held: Vec<ConnectionPermit> = (0..9).map_while(|_| gate.open(polite).ok()).collect();
     assert_eq!(held.len(), 5, "it has its whole burst");
+}
+
+/// Whom a limit of an admin's refuses under ever new UIDs is one who is told of, at the gate and behind it.
+#[tokio::test(start_paused = true)]
+async fn a_family_that_is_refused_is_one_line_for_each_stage() {
+    let settings = LimitSettings {
+        families: Families::parse("somebody:100000:65536\n", |_| None),
+        gate: GateSettings {
+            rules: rules(GateRule { rate: Some(Limit::Block), ..GateRule::default() }),
+            ..GateSettings::default()
+        },
+        caller: layers(Limit::Block),
+        ..open()
+    };
+    let limits = limits(&settings);
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, 24 << 20).unwrap(), &limits);
+    let web = entries(&["web"]);
+    for uid in (100_001..100_301).chain([7]) {
+        assert_eq!(gate.open(CallerKey::Uid(uid)).err(), Some(ConnectionRefusal::Blocked));
+        assert!(call(&limits, uid, JWT, &web).is_err());
+    }
+    let told = |event: &Event| match event {
+        Event::Refusing { what, with_family, times, .. } => {
+            format!("{} {} {with_family} {times}", what.stage.text(), what.name)
+        }
+        other => format!("{other:?}"),
+    };
+    let told: Vec<String> = limits.events().iter().map(told).collect();
+    assert_eq!(
+        told,
+        [
+            "gate uid:100001 true 300",
+            "caller uid:100001 true 300",
+            "gate uid:7 false 1",
+            "caller uid:7 false 1"
+        ]
+    );
 }
 
 /// Who can be many callers is one where it is told of, as it is where memory is shared.

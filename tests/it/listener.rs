@@ -538,6 +538,45 @@ async fn a_drain_waits_for_what_is_to_be_done() {
     }
 }
 
+/// Who has not heard of it, and goes on calling, holds up nobody: what began before is done, and nothing else.
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_no_call_that_begins_later() {
+    const GAP: Duration = Duration::from_millis(300);
+    let (bounds, begins) = (ConnectionBounds::default(), frames::END_HEADERS);
+    let ends = begins | frames::END_STREAM;
+    for (case, before, (later, flags), waits) in [
+        ("calls that are answered", "/a", ("/a", ends), false),
+        ("requests without their end", "/a", ("/a", begins), false),
+        ("calls that are never answered", "/a", ("/hang", ends), false),
+        ("one from before is being answered", "/hang", ("/a", ends), true),
+    ] {
+        let server = Server::start(bounds.clone());
+        let mut stream = server.connect().await;
+        let head = |nth: u32, flags: u8, path: &str| {
+            frames::frame(frames::HEADERS, flags, 1 + 2 * nth, &frames::block(path))
+        };
+        stream.write_all(&[PREFACE, SETTINGS, &head(0, ends, before)].concat()).await.unwrap();
+        until(case, || server.stats.streams() == u64::from(before == "/hang")).await;
+        tokio::time::sleep(GAP).await;
+        let calls = tokio::spawn(async move {
+            let mut calls = 0;
+            loop {
+                tokio::time::sleep(GAP).await;
+                if stream.write_all(&head(calls + 1, flags, later)).await.is_err() {
+                    return calls;
+                }
+                calls += 1;
+            }
+        });
+        let began = tokio::time::Instant::now();
+        let drained = server.drain().await;
+        let (took, want) = (began.elapsed(), Drained { ended: usize::from(!waits), cut: usize::from(waits) });
+        let in_time = if waits { took >= bounds.drain_timeout } else { took < Duration::from_millis(1_400) };
+        assert_eq!((drained, in_time), (want, true), "{case}: {took:?}");
+        assert!(calls.await.unwrap() >= 3, "{case}: it went on calling");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_drain_ends() {
     let server = Server::start(ConnectionBounds::default());

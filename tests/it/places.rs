@@ -227,10 +227,8 @@ async fn validate_tells_what_a_living_agent_holds() {
         ("admin_socket_path", "private/admin.sock", SYSTEMD),
     ] {
         let at = dir.path().join(at);
-        let want = format!(
-            "Warning: agent.{key}: {} is in use now, perhaps by a running agent{or_systemd}.",
-            at.display()
-        );
+        let want =
+            format!(": agent.{key}: {} is in use now, perhaps by a running agent{or_systemd}.", at.display());
         assert!(said.contains(&want), "{want}: {said}");
     }
     // Left behind, they are in nobody's way.
@@ -681,7 +679,7 @@ fn validate_tells_that_a_pod_has_no_token() {
         let got = validate(&config);
         let said = text_of(&got);
         assert!(got.status.success(), "{case}: {said}");
-        let warning = "Warning: plugins.NodeAttestor \"k8s_psat\".plugin_data.token_path: ";
+        let warning = ": plugins.NodeAttestor \"k8s_psat\".plugin_data.token_path: ";
         assert_eq!(said.contains(warning), !want.is_empty(), "{case}: {said}");
         assert!(said.contains(want), "{case}: {said}");
     }

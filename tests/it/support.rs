@@ -87,15 +87,26 @@ pub(crate) fn entry(path: &str, more: &str) -> String {
     format!("entry \"spiffe://{TRUST_DOMAIN}{path}\" {{\n  selectors = [\"unix:uid:{uid}\"]\n  {more}\n}}\n")
 }
 
-pub(crate) async fn channel(socket: &Path) -> Channel {
+/// Connects to a socket, whatever the address.
+fn connector(
+    socket: &Path,
+) -> impl tower::Service<Uri, Response = TokioIo<UnixStream>, Error = std::io::Error, Future: Send> + Send + 'static
+{
     let socket: Arc<Path> = socket.into();
-    Endpoint::from_static("http://localhost")
-        .connect_with_connector(tower::service_fn(move |_: Uri| {
-            let socket = Arc::clone(&socket);
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        }))
-        .await
-        .unwrap()
+    tower::service_fn(move |_: Uri| {
+        let socket = Arc::clone(&socket);
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    })
+}
+
+pub(crate) async fn channel(socket: &Path) -> Channel {
+    Endpoint::from_static("http://localhost").connect_with_connector(connector(socket)).await.unwrap()
+}
+
+/// A client whose connection may be refused: its first call says so.
+pub(crate) fn refusable_client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {
+    let channel = Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector(socket));
+    SpiffeWorkloadApiClient::new(channel)
 }
 
 pub(crate) async fn client(socket: &Path) -> SpiffeWorkloadApiClient<Channel> {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use durward::api::proto::workload as pb;
+use nix::unistd::Pid;
 use tonic::Code;
 
 use crate::support::{Process, client, entry, request, write_config};
@@ -82,7 +83,7 @@ async fn call(socket: &Path) -> Result<(), Code> {
 }
 
 /// Seconds of a processor that a process has used.
-fn used(pid: nix::unistd::Pid) -> f64 {
+fn used(pid: Pid) -> f64 {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let nanoseconds = tasks.map(|task| {
         let spent = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap_or_default();

@@ -109,6 +109,8 @@ const OF_KUBELET: [&str; 11] = [
 impl K8sSettings {
     /// Reads the block, and checks what its keys say of each other.
     pub(super) fn read_block(data: &mut Section<'_>) -> Self {
+        // No other attestor asks for anything that may be missing.
+        data.problems().note_key("plugins.WorkloadAttestor", Some(data.place()));
         let set = |key: &'static str| data.set_at(key).map(|place| (key, place));
         let of_kubelet: Vec<(&str, Place)> = OF_KUBELET.into_iter().filter_map(set).collect();
         let settings = Self::read(data);

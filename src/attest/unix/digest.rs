@@ -282,7 +282,7 @@ impl HashTask {
         let Self { file: wanted, open, .. } = self;
         let path = wanted.path();
         if open.is_none() {
-            let dir = ProcDir::at(wanted.process.clone())?;
+            let dir = ProcDir::open(wanted.process.clone())?;
             let file = wanted.executable.open(&dir, &wanted.stamp)?;
             *open = Some(OpenFile::new(file, wanted.stamp.size()));
         }
@@ -363,7 +363,7 @@ mod tests {
 
         fn file(&self, limit: u64) -> Hashed {
             let process = PathBuf::from(format!("/proc/{}", self.0.id()));
-            let dir = ProcDir::at(process.clone()).unwrap();
+            let dir = ProcDir::open(process.clone()).unwrap();
             let executable = Executable::of(&dir, 1, &UnlistedMounts::default()).unwrap();
             let stamp = executable.stamp(&dir).unwrap();
             Hashed { executable, stamp, process, limit, family: 1 }

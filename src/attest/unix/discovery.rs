@@ -4,7 +4,7 @@
 //! nothing to gain costs nothing. Everything is done on the [`FileThreads`]; the runtime waits for them alone. What
 //! could not be told is told with the reason.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use futures_util::future::BoxFuture;
 
@@ -118,7 +118,7 @@ impl Discovery {
     ) -> Result<(Stamp, Hex), ExecutableError> {
         let stamp = stamp(&self.threads, seen.family, executable, &seen.dir).await?;
         if stamp.size() > limit {
-            let path = seen.dir.path_of(executable::NAME);
+            let path = seen.dir.join(executable::NAME);
             return Err(ExecutableError::TooLarge { path, size: stamp.size(), limit });
         }
         if let Some(known) = self.digests.known(&stamp) {
@@ -128,7 +128,7 @@ impl Discovery {
         if seen.process.is_alive().is_err() {
             return Err(ExecutableError::Gone);
         }
-        let (executable, process) = (executable.clone(), seen.dir.path().to_owned());
+        let (executable, process) = (executable.clone(), seen.dir.clone());
         let file = Hashed { executable, stamp, process, limit, family: seen.family };
         Ok((stamp, self.digests.make(&self.threads, file).await?))
     }
@@ -139,7 +139,7 @@ async fn stamp(
     threads: &FileThreads,
     family: u64,
     executable: &Executable,
-    dir: &ProcDir,
+    dir: &Path,
 ) -> Result<Stamp, ExecutableError> {
     // What the kernel alone serves does not hang.
     let (kind, device) = match executable.on.served_by {
@@ -154,16 +154,16 @@ async fn stamp(
 async fn on_thread<T: Send + 'static>(
     threads: &FileThreads,
     place: TaskPlace,
-    dir: &ProcDir,
+    dir: &Path,
     look: impl FnOnce(&ProcDir) -> Result<T, ExecutableError> + Send + 'static,
 ) -> Result<T, ExecutableError> {
-    // Opened again there, as a descriptor of its own would be one more for each who waits. Whether it is the same process
-    // says its pidfd, at the end.
-    let process = dir.path().to_owned();
-    threads.run(place, move || look(&ProcDir::at(process)?)).await.unwrap_or_else(|not_done| {
+    // Opened only there: a descriptor would be one more for each who waits. Whether it is the same process says its pidfd, at
+    // the end.
+    let process = dir.to_owned();
+    threads.run(place, move || look(&ProcDir::open(process)?)).await.unwrap_or_else(|not_done| {
         Err(match not_done {
             NotDone::Busy => ExecutableError::Busy,
-            NotDone::Late => ExecutableError::Late { path: dir.path_of(executable::NAME) },
+            NotDone::Late => ExecutableError::Late { path: dir.join(executable::NAME) },
         })
     })
 }
@@ -177,7 +177,7 @@ struct SameExecutable {
 }
 
 impl Evidence for SameExecutable {
-    fn holds<'a>(&'a self, dir: &'a ProcDir) -> BoxFuture<'a, bool> {
+    fn holds<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, bool> {
         Box::pin(async move {
             let Self { threads, family, executable, stamp: of_digest } = self;
             if let Some(of_digest) = of_digest {

@@ -314,7 +314,7 @@ fn mounted_on(dir: &ProcDir, mount: u64) -> Result<Option<MountedOn>, Executable
     }
     for other in ["/proc/1", "/proc/self"] {
         // What cannot be looked at is not believed.
-        if let Ok(other) = ProcDir::at(other.into())
+        if let Ok(other) = ProcDir::open(other.into())
             && in_our_namespace(&other).is_ok()
             && let Ok(file) = other.file(MOUNTS)
             && let Some(found) = find(file)?
@@ -396,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_mount_that_was_in_no_list_a_moment_ago_is_not_looked_for() {
-        let dir = ProcDir::at("/proc/self".into()).unwrap();
+        let dir = ProcDir::open("/proc/self".into()).unwrap();
         let unlisted = UnlistedMounts::default();
         let mount = Executable::of(&dir, 1, &unlisted).unwrap().mount;
         let sought = SoughtMount { family: 1, namespace: in_our_namespace(&dir).unwrap(), mount };
