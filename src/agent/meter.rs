@@ -121,12 +121,11 @@ impl KernelUse {
 
 impl MeteredCgroup {
     /// Looks anew. `None` where the kernel does not say.
-    fn look(&self) -> Option<()> {
+    fn look(&self) -> Option<ChargedParts> {
         let parts = self.cgroup.parts()?;
         self.files.store(parts.droppable, Relaxed);
         self.kernel.store(parts.kernel, Relaxed);
-        self.gate.names_are(self.names(parts).unwrap_or(0));
-        Some(())
+        Some(parts)
     }
 
     /// What connections hold.
@@ -221,8 +220,11 @@ fn watch(metered: &Weak<MeteredCgroup>, pace: &LookPace) {
     let mut others = ALONE_FOR;
     while let Some(metered) = metered.upgrade() {
         others = if metered.cgroup.is_alone() { 0 } else { others.saturating_add(1) };
-        let says = metered.look().is_some();
-        metered.alone.store(says && others < ALONE_FOR, Relaxed);
+        let parts = metered.look().filter(|_| others < ALONE_FOR);
+        metered.alone.store(parts.is_some(), Relaxed);
+        // What is charged for others says nothing about callers.
+        let names = parts.and_then(|parts| metered.names(parts));
+        metered.gate.names_are(names.unwrap_or(0));
         drop(metered);
         thread::park_timeout(pace.pause());
     }

@@ -644,7 +644,7 @@ fn validate_looks_at_what_an_agent_of_a_server_keeps() {
     }
     let read_only = "mkdir -m 700 \"$1/keys\" && mount -t tmpfs -o ro,mode=700 none \"$1/keys\" || exit 77; \
                      exec \"$2\" validate --config \"$1/etc/agent.conf\"";
-    for keys in ["HERE/keys", "HERE/keys/below"] {
+    for (keys, what) in [("HERE/keys", "a file"), ("HERE/keys/below", "it")] {
         let dir = layout_dir();
         let plugins = format!(
             "NodeAttestor \"join_token\" {{ plugin_data {{ }} }}\n  \
@@ -655,7 +655,7 @@ fn validate_looks_at_what_an_agent_of_a_server_keeps() {
         let said = text_of(&got);
         assert_eq!(got.status.code(), Some(1), "{keys}: {said}");
         let place = dir.path().join("keys");
-        let want = format!("cannot make it in {}: read-only file system", place.display());
+        let want = format!("cannot make {what} in {}: read-only file system", place.display());
         assert!(said.contains(&want), "{keys}: {said}");
     }
 }
