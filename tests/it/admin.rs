@@ -12,7 +12,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use durward::{
     agent::Running,
     api::proto::{
@@ -22,15 +21,12 @@ use durward::{
     limits::budget::PARKED,
     os::clock::Clock,
 };
-use prost::Message as _;
 use serde_json::Value;
 use tempfile::TempDir;
 use tonic::{Code, transport::Channel};
-use tonic_types::StatusExt as _;
 
-use crate::{
-    frames::message,
-    support::{Process, TRUST_DOMAIN, TestAgent, channel, copy_program, entry, load, request, write_config},
+use crate::support::{
+    Process, TRUST_DOMAIN, TestAgent, channel, copy_program, entry, load, request, write_config,
 };
 
 /// An agent with an admin socket, which cannot be in the directory of the public one.
@@ -66,62 +62,6 @@ fn own_pid() -> i32 {
 
 fn jwt_request() -> JwtsvidRequest {
     JwtsvidRequest { audience: vec!["a".to_owned()], spiffe_id: String::new() }
-}
-
-/// Where the node has no memory a small request is served whose body comes behind its head; and where there is none for what
-/// has come of one, its caller hears that, and when to come back, and its owner sees it.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_request_for_which_there_is_no_memory_is_refused_as_that() {
-    const BUDGET: usize = 8 << 20;
-    let mut agent = Agent::start(&entry("/web", ""));
-    let stream = tokio::net::UnixStream::connect(agent.agent.socket()).await.unwrap();
-    let (mut http2, mut connection) = h2::client::handshake(stream).await.unwrap();
-    let mut ping = connection.ping_pong().unwrap();
-    let connection = tokio::spawn(connection);
-    // It has begun when memory runs out.
-    ping.ping(h2::Ping::opaque()).await.unwrap();
-    let taken = vec![1_u8; 4 * BUDGET];
-    let limits = format!("ratelimit {{ memory {{ limit = {BUDGET} }} }}\n{}", entry("/web", ""));
-    agent.agent.reload(&with_admin(&agent.private, &limits)).unwrap();
-    let mut admin = agent.admin().await;
-    while admin.limits(pb::LimitsRequest { top: 1 }).await.unwrap().into_inner().short_of != ["memory"] {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let body = Bytes::from(message(&jwt_request().encode_to_vec()));
-    for (case, sent, ends, code) in [
-        ("its body comes late", body.clone(), true, None),
-        ("a part of its body comes", body.slice(..4), false, Some(Code::Unavailable)),
-    ] {
-        let head = http::Request::post("http://localhost/SpiffeWorkloadAPI/FetchJWTSVID")
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .header("workload.spiffe.io", "true");
-        http2 = http2.ready().await.unwrap();
-        let (answer, mut rest) = http2.send_request(head.body(()).unwrap(), false).unwrap();
-        // The head was read, and asked for its body, before that is sent.
-        for _ in 0..2 {
-            ping.ping(h2::Ping::opaque()).await.unwrap();
-        }
-        rest.send_data(sent, ends).unwrap();
-        let answer = answer.await.unwrap();
-        let status = tonic::Status::from_header_map(answer.headers());
-        assert_eq!(status.as_ref().map(tonic::Status::code), code, "{case}: {status:?}");
-        if let Some(status) = status {
-            assert!(status.message().contains("memory, and has none for the rest of this"), "{status:?}");
-            assert!(status.get_details_retry_info().is_some(), "{status:?}");
-        }
-    }
-    drop(taken);
-    let series = "durward_rate_limit_exceeded_total{method=\"FetchJWTSVID\",stage=\"node\",key_type=\"node\",reason=\"memory\"} 1";
-    let metrics = agent.agent.running.metrics().render();
-    assert!(metrics.lines().any(|line| line == series), "{metrics}");
-    let heaviest = admin.limits(pb::LimitsRequest { top: 9 }).await.unwrap().into_inner().heaviest;
-    let of_method = |it: &&pb::Heavy| {
-        it.bucket.as_ref().is_some_and(|it| (&*it.stage, &*it.method) == ("caller", "FetchJWTSVID"))
-    };
-    let row = heaviest.iter().find(of_method).unwrap();
-    assert_eq!((row.used, row.refused), (1, 1), "{heaviest:?}");
-    connection.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -40,6 +40,7 @@ use tokio::{
     sync::{Semaphore, oneshot, watch},
     task::{JoinHandle, JoinSet},
 };
+use tonic_types::StatusExt as _;
 
 use crate::{
     frames::{
@@ -157,7 +158,9 @@ impl Service<http::Request<RequestBody>> for Toy {
         let Self { peer, ways } = self.clone();
         Box::pin(async move {
             let (head, body) = request.into_parts();
-            body.collect().await.unwrap();
+            if let Err(error) = body.collect().await {
+                return Ok(tonic::Status::from(error).into_http());
+            }
             let path = head.uri.path().to_owned();
             let mut parts = path.split('/').skip(1);
             let (what, bytes) = (parts.next().unwrap(), parts.next().map_or(5, |it| it.parse().unwrap()));
@@ -391,6 +394,44 @@ async fn who_finds_no_memory_for_its_first_byte_hears_why() {
     );
     assert_eq!(refused(), u64::from(CROWD));
     drop((crowd, late, send, hog));
+    server.drain().await;
+}
+
+/// Where the node has no memory a small request is served whose body comes behind its head; and where there is none for what
+/// has come of one, its caller hears that, and when to come back.
+#[tokio::test]
+async fn a_request_for_which_there_is_no_memory_is_refused_as_that() {
+    let server = Server::within(64 << 20);
+    let stream = UnixStream::connect(&server.path).await.unwrap();
+    let (mut http2, mut connection) = h2::client::handshake(stream).await.unwrap();
+    let mut ping = connection.ping_pong().unwrap();
+    let connection = tokio::spawn(connection);
+    // It has begun when memory runs out.
+    ping.ping(h2::Ping::opaque()).await.unwrap();
+    let hog = server.keeper.gate.open(CallerKey::Uid(2)).unwrap();
+    hog.holding().hold(64 << 20);
+    for (case, sent, ends, code) in [
+        ("its body comes late", &b"whole"[..], true, None),
+        ("a part of its body comes", b"part", false, Some(tonic::Code::Unavailable)),
+    ] {
+        http2 = http2.ready().await.unwrap();
+        let head = http::Request::post("http://localhost/bytes/5").body(()).unwrap();
+        let (answer, mut body) = http2.send_request(head, false).unwrap();
+        // The head was read, and its body asked for, before that is sent.
+        for _ in 0..2 {
+            ping.ping(h2::Ping::opaque()).await.unwrap();
+        }
+        body.send_data(Bytes::from_static(sent), ends).unwrap();
+        let answer = tokio::time::timeout(PATIENCE, answer).await.unwrap().unwrap();
+        let status = tonic::Status::from_header_map(answer.headers());
+        assert_eq!(status.as_ref().map(tonic::Status::code), code, "{case}: {status:?}");
+        if let Some(status) = status {
+            assert!(status.message().contains("memory, and has none for the rest of this"), "{status:?}");
+            assert!(status.get_details_retry_info().is_some(), "{status:?}");
+        }
+    }
+    drop((http2, hog));
+    connection.abort();
     server.drain().await;
 }
 

@@ -204,6 +204,18 @@ async fn a_connection_that_waits_is_counted_once() {
     }
 }
 
+/// What found no memory before it could be admitted is refused for that: in the log and for who looks.
+#[test]
+fn a_call_for_which_there_was_no_memory_is_shown() {
+    let limits = limits(&open());
+    limits.note_out_of_memory(CallerKey::Uid(1), JWT);
+    let [(Stage::Caller, row)] = &limits.heaviest(9)[..] else { panic!("{:?}", limits.heaviest(9)) };
+    assert_eq!((row.name.to_string(), row.what, row.used, row.refused), ("uid:1".into(), JWT.rpc(), 0, 1));
+    let told = limits.events();
+    let [Event::Refusing { what, times: 1, .. }] = &told[..] else { panic!("{told:?}") };
+    assert_eq!((what.stage, what.method, what.reason), (Stage::Node, Some(JWT), Reason::Memory));
+}
+
 #[test]
 fn a_refusal_says_what_was_short_and_whose() {
     use {ChargedAs as K, Origin as O, Reason as R, Stage as S};
