@@ -727,7 +727,7 @@ mod tests {
                 let _passed: bool = bucket.take(now, quota, cost, taker(uid), Shortfall::Refuse).is_ok();
                 let takers = bucket.shares.active;
                 if let Some(joined) = bucket.shares.all.get(known) {
-                    let promised = quota.refill() - joined.used(now, quota, takers);
+                    let promised = quota.refill().saturating_sub(joined.used(now, quota, takers));
                     prop_assert!(promised <= there_is * u64::try_from(takers).unwrap(), "{promised} of {there_is}");
                 }
             }
