@@ -84,7 +84,7 @@ impl AcceptGate for AuditedGate {
 
     fn begins(&self, place: &mut PlaceAtGate, arrival: &Arrival, socket: BorrowedFd<'_>) {
         let Credentials { uid, gid, pid } = arrival.credentials();
-        self.gate.shows(&place.permit, pid.as_raw().unsigned_abs());
+        place.permit.shows(pid.as_raw().unsigned_abs());
         let groups = || {
             let mut groups = peer_groups(&socket)?;
             groups.push(gid.as_raw());

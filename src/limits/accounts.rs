@@ -281,10 +281,8 @@ impl Accounts {
         self.next += 1;
         let of_caller = self.callers.entry(caller).or_default();
         of_caller.open += 1;
-        let known = self.groups.contains_key(&group);
-        let new = || GroupAccount::owing(caller, self.owed_until);
-        let of_group = self.groups.entry(group).or_insert_with(new);
-        self.kept -= usize::from(known && of_group.has_none());
+        let of_group = account(&mut self.groups, &mut self.kept, group, caller, self.owed_until);
+        self.kept -= usize::from(of_group.has_none());
         of_group.last = caller;
         let holding = Arc::new(Holding::in_sums(HeldSums {
             caller: Arc::clone(&of_caller.held),
@@ -298,14 +296,8 @@ impl Accounts {
 
     /// The account of a group that may have no connection; `None` where no more can be remembered.
     pub(super) fn remembered(&mut self, caller: CallerKey, group: u64) -> Option<&mut GroupAccount> {
-        if !self.groups.contains_key(&group) {
-            if self.kept >= KEPT {
-                return None;
-            }
-            self.kept += 1;
-        }
-        let new = || GroupAccount::owing(caller, self.owed_until);
-        Some(self.groups.entry(group).or_insert_with(new))
+        let fits = self.kept < KEPT || self.groups.contains_key(&group);
+        fits.then(|| account(&mut self.groups, &mut self.kept, group, caller, self.owed_until))
     }
 
     /// Lets one go.
@@ -318,7 +310,7 @@ impl Accounts {
         }
         let Some(account) = self.groups.get_mut(&place.group) else { return };
         account.open.remove(&place.order);
-        if !account.open.is_empty() {
+        if !account.has_none() {
             return;
         }
         let until = account.held.waste.owes_until();
@@ -337,7 +329,7 @@ impl Accounts {
         let now = self.node.now();
         if self.kept > 0 {
             self.groups.retain(|_, account| !account.is_over(now));
-            self.kept = self.groups.values().filter(|account| account.open.is_empty()).count();
+            self.kept = self.groups.values().filter(|account| account.has_none()).count();
         }
     }
 
@@ -477,6 +469,20 @@ impl Accounts {
         }
         told
     }
+}
+
+/// The account of a group. A new one has no connection, and owes until then.
+fn account<'a>(
+    groups: &'a mut HashMap<u64, GroupAccount, ahash::RandomState>,
+    kept: &mut usize,
+    group: u64,
+    caller: CallerKey,
+    owed_until: u64,
+) -> &'a mut GroupAccount {
+    groups.entry(group).or_insert_with(|| {
+        *kept += 1;
+        GroupAccount::owing(caller, owed_until)
+    })
 }
 
 /// The highest number that `numbers` can be cut down to, each of them, so that their sum is at most `target`.

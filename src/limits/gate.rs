@@ -345,11 +345,6 @@ impl Gate {
         })
     }
 
-    /// The connection is of the process with this number.
-    pub fn shows(&self, permit: &ConnectionPermit, pid: u32) {
-        permit.holding.shows(pid);
-    }
-
     /// A connection of the process with this number is refused that was asked after. What the kernel keeps of it is held by its
     /// `user`.
     pub fn was_shown_in_vain(&self, user: CallerKey, pid: u32) {
@@ -761,6 +756,11 @@ impl ConnectionPermit {
     /// What the connection holds, to be told by whoever serves it.
     pub fn holding(&self) -> &Arc<Holding> {
         &self.holding
+    }
+
+    /// The connection is of the process with this number.
+    pub fn shows(&self, pid: u32) {
+        self.holding.shows(pid);
     }
 
     /// Counts it as let in, unless that was done.

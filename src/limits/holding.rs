@@ -283,14 +283,14 @@ impl HeldNames {
         }
     }
 
-    /// How many have connected since they were last forgotten.
+    /// How many have connected since they were forgotten.
     pub(super) fn shown(&self) -> u32 {
         self.shown.load(Relaxed)
     }
 
-    /// Forgets so many.
-    pub(super) fn forget(&self, shown: u32) {
-        self.shown.fetch_sub(shown, Relaxed);
+    /// How many they were, which are forgotten.
+    pub(super) fn take_shown(&self) -> u32 {
+        self.shown.swap(0, Relaxed)
     }
 }
 

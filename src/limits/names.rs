@@ -15,21 +15,19 @@ const LITTLE: u64 = 32 * 1024;
 impl Accounts {
     /// The kernel keeps so many bytes of names now.
     pub(super) fn names_are(&mut self, all: u64) {
-        let shown: Vec<u32> = self.groups.values().map(|account| account.held.names.shown()).collect();
+        let shown: Vec<u32> = self.groups.values().map(|account| account.held.names.take_shown()).collect();
         let all_shown: u64 = shown.iter().map(|shown| u64::from(*shown)).sum();
-        let known = self.names();
+        let known = self.names_held().saturating_add(self.names_of_nobody);
         let grown = all.saturating_sub(known);
         let mut held = 0_u64;
         for (account, shown) in self.groups.values().zip(shown) {
-            let names = &account.held.names;
-            let before = names.bytes();
+            let before = account.held.names.bytes();
             let now = if all < known {
                 part(all, before, known)
             } else {
                 before.saturating_add(part(grown, shown.into(), all_shown))
             };
             let now = if now < LITTLE && account.has_none() { 0 } else { now };
-            names.forget(shown);
             account.held.set_names(now, &self.node);
             held = held.saturating_add(now);
         }
@@ -43,22 +41,14 @@ impl Accounts {
         }
     }
 
-    /// Bytes of names as they were last told.
-    fn names(&self) -> u64 {
-        self.groups
-            .values()
-            .map(|account| account.held.names.bytes())
-            .fold(self.names_of_nobody, u64::saturating_add)
-    }
-
     /// Bytes of names that a group holds.
     pub(super) fn names_of(&self, group: u64) -> u64 {
         self.groups.get(&group).map_or(0, |account| account.held.names.bytes())
     }
 
-    /// Of these, those that somebody holds.
+    /// Bytes of names that somebody holds.
     pub(super) fn names_held(&self) -> u64 {
-        self.names().saturating_sub(self.names_of_nobody)
+        self.groups.values().map(|account| account.held.names.bytes()).fold(0, u64::saturating_add)
     }
 }
 

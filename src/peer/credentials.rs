@@ -236,12 +236,10 @@ impl Arrival {
         may_be: impl FnOnce(CallerKey) -> bool,
     ) -> Result<Self, CredentialsError> {
         let credentials = Credentials::of(stream)?;
-        if let Some(caller) = keys.key_of_user(&credentials) {
-            return Ok(Self { credentials, caller, place: None, process: None, is_shown: false });
-        }
         let user = CallerKey::Uid(credentials.uid.as_raw());
-        if !may_be(user) {
-            return Ok(Self { credentials, caller: user, place: None, process: None, is_shown: false });
+        let known = keys.key_of_user(&credentials).or_else(|| (!may_be(user)).then_some(user));
+        if let Some(caller) = known {
+            return Ok(Self { credentials, caller, place: None, process: None, is_shown: false });
         }
         let process = Process::of(stream, &credentials)?;
         let place = keys.place_of_process(&credentials, &process);
