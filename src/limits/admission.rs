@@ -7,8 +7,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::FutureExt as _;
-
 use super::{
     admitted::{Admitted, Charge},
     ask::Ask,
@@ -116,22 +114,14 @@ impl Limits {
         method: Method,
         patience: Patience,
     ) -> Result<Admitted<P>, Refusal> {
-        let now = self.ledger.now();
-        let waiting = WaitOfCall::new(now, patience);
-        let call = CallerCall { caller: peer.caller_key(), method, waiting, nth: peer.begins_call() };
-        let mut entering = Entering { ledger: &self.ledger, peer: &peer, call, passed: None, slot: None };
-        let attempt = waiting.first();
-        if let Err(refusal) = entering.go_on(now, attempt) {
-            self.ledger.want(&refusal);
-            if attempt.ends(&refusal) {
-                return Err(self.ledger.behind_waiting(refusal, self.family_of(peer.caller_key())));
-            }
+        let attempt = patience.first();
+        let (mut entering, done) = Entering::begin(&self.ledger, peer, method, patience);
+        match done {
             // Boxed, as few calls wait.
-            Box::pin(entering.wait(refusal)).await?;
+            Err(refusal) if !attempt.ends(&refusal) => Box::pin(entering.wait(refusal)).await?,
+            done => done?,
         }
-        let Entering { passed, slot, .. } = entering;
-        let Passed { charge, .. } = passed.expect("who went to the end has passed");
-        Ok(Admitted { peer, charge, slot })
+        Ok(entering.admitted())
     }
 
     /// [`Limits::admit`] without any wait.
@@ -139,8 +129,9 @@ impl Limits {
     /// # Errors
     /// As [`Limits::admit`].
     pub fn admit_caller<P: Caller>(&self, peer: P, method: Method) -> Result<Admitted<P>, Refusal> {
-        let admitted = self.admit(peer, method, Patience::NONE).now_or_never();
-        admitted.expect("a call without patience is never kept waiting")
+        let (entering, done) = Entering::begin(&self.ledger, peer, method, Patience::NONE);
+        done?;
+        Ok(entering.admitted())
     }
 
     /// Charges a caller for a request that ended before it came to anything that could be admitted: a token of
@@ -217,7 +208,7 @@ impl Limits {
     ) -> Result<(), Refusal> {
         admitted.slot = None;
         let charge = &mut admitted.charge;
-        let attempt = charge.waiting.first();
+        let attempt = charge.waiting.patience.first();
         let Err(refusal) = self.charge_all(charge, ids.clone(), attempt) else { return Ok(()) };
         self.ledger.want(&refusal);
         if attempt.ends(&refusal) {
@@ -287,7 +278,7 @@ impl Limits {
 /// A call at the caller stage.
 #[derive(Clone, Copy)]
 struct CallerCall {
-    caller: CallerKey,
+    taker: Taker,
     method: Method,
     waiting: WaitOfCall,
     nth: NthCall,
@@ -296,7 +287,7 @@ struct CallerCall {
 /// A call on its way through the caller stage. It can stop and go on, and gives back what it holds when it is dropped.
 struct Entering<'a, P> {
     ledger: &'a Arc<Ledger>,
-    peer: &'a P,
+    peer: P,
     call: CallerCall,
     passed: Option<Passed>,
     slot: Option<AttestationSlot>,
@@ -314,17 +305,43 @@ struct Passed {
     needs_slot: bool,
 }
 
-impl<P: Caller> Entering<'_, P> {
+impl<'a, P: Caller> Entering<'a, P> {
+    /// Goes as far as it comes at once.
+    fn begin(
+        ledger: &'a Arc<Ledger>,
+        peer: P,
+        method: Method,
+        patience: Patience,
+    ) -> (Self, Result<(), Refusal>) {
+        let (plan, now) = (ledger.plan(), ledger.now());
+        let caller = peer.caller_key();
+        let taker = Taker { caller, group: plan.families.group(caller) };
+        let call =
+            CallerCall { taker, method, waiting: WaitOfCall::new(now, patience), nth: peer.begins_call() };
+        let mut entering = Self { ledger, peer, call, passed: None, slot: None };
+        let attempt = patience.first();
+        let done = entering.go_on(&plan, now, attempt).map_err(|refusal| {
+            ledger.want(&refusal);
+            if attempt.ends(&refusal) { ledger.behind_waiting(refusal, taker.group) } else { refusal }
+        });
+        (entering, done)
+    }
+
+    /// It went to the end.
+    fn admitted(self) -> Admitted<P> {
+        let Passed { charge, .. } = self.passed.expect("who went to the end has passed");
+        Admitted { peer: self.peer, charge, slot: self.slot }
+    }
+
     /// Goes on from where it had to stop, as far as it comes.
-    fn go_on(&mut self, now: u64, attempt: Attempt) -> Result<(), Refusal> {
-        let plan = self.ledger.plan();
+    fn go_on(&mut self, plan: &CallPlan, now: u64, attempt: Attempt) -> Result<(), Refusal> {
         let passed = match &mut self.passed {
             Some(passed) => passed,
-            none => none.insert(self.ledger.charge_caller(&plan, &self.call, now, attempt)?),
+            none => none.insert(self.ledger.charge_caller(plan, &self.call, now, attempt)?),
         };
         let above_share = self.call.nth == NthCall::Further && self.peer.is_above_share();
-        let done = if above_share { self.ledger.refuse_bytes(&plan, passed, attempt) } else { Ok(()) }
-            .and_then(|()| self.ledger.beyond_its_own(&plan, passed, &mut self.slot, now, attempt));
+        let done = if above_share { self.ledger.refuse_bytes(plan, passed, attempt) } else { Ok(()) }
+            .and_then(|()| self.ledger.beyond_its_own(plan, passed, &mut self.slot, now, attempt));
         done.inspect_err(|refusal| {
             if attempt.ends(refusal) {
                 passed.charge.refund();
@@ -335,9 +352,9 @@ impl<P: Caller> Entering<'_, P> {
     /// Waits for what it was refused for, and goes on, until it is through or may wait no longer.
     async fn wait(&mut self, mut refusal: Refusal) -> Result<(), Refusal> {
         let ledger = self.ledger;
-        let group = ledger.plan().families.group(self.call.caller);
+        let group = self.call.taker.group;
         let Ok(place) = ledger.places.take(group) else {
-            let done = self.go_on(ledger.now(), Attempt::Last);
+            let done = self.go_on(&ledger.plan(), ledger.now(), Attempt::Last);
             return done.map_err(|refusal| ledger.behind_waiting(refusal, group));
         };
         loop {
@@ -349,7 +366,7 @@ impl<P: Caller> Entering<'_, P> {
                 self.slot = None;
                 self.call.waiting.for_tokens(ledger, &refusal, place.nth()).await
             };
-            match self.go_on(ledger.now(), attempt) {
+            match self.go_on(&ledger.plan(), ledger.now(), attempt) {
                 Err(next) if !attempt.ends(&next) => refusal = next,
                 done => return done.map_err(|refusal| refusal.of_nth(place.nth())),
             }
@@ -373,8 +390,8 @@ impl Ledger {
         now: u64,
         attempt: Attempt,
     ) -> Result<Passed, Refusal> {
-        let CallerCall { caller, method, waiting, nth } = *call;
-        let taker = Taker { caller, group: plan.families.group(caller) };
+        let CallerCall { taker, method, waiting, nth } = *call;
+        let caller = taker.caller;
         let mut call = CallToSpare { method, taker, now, spared: false, nth };
         let choice = plan.caller.choose(&caller, method);
         let LimitNow { limit, origin, since } = self.limit(choice.rule, plan.since.caller, now);

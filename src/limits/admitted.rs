@@ -86,7 +86,7 @@ impl Charge {
     pub(super) fn refund(&mut self) {
         self.pays = 0;
         if let Some(held) = self.held {
-            self.ledger.callers().note_refused(held.ask.key, held.ask.taker);
+            self.ledger.callers().note_refused(held.key, Some(self.taker));
         }
     }
 

@@ -63,10 +63,13 @@ impl ChargedTo {
     }
 }
 
-/// Tokens held in a bucket of a table.
+/// Tokens held in a bucket of a table, and what it takes to pay them: it goes with each call.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct HeldTokens {
-    pub(super) ask: Ask,
+    pub(super) key: BucketKey,
+    pub(super) quota: Quota,
+    /// Tokens that were asked for.
+    pub(super) cost: u32,
     pub(super) place: ChargedTo,
     /// So many of what was asked: less where a call passes without.
     pub(super) tokens: u32,
@@ -75,4 +78,12 @@ pub(super) struct HeldTokens {
     pub(super) short: Shortfall,
     /// The same for the bucket itself, which may have had fewer.
     pub(super) of_bucket: Shortfall,
+}
+
+impl HeldTokens {
+    /// All that was asked for is held, by nobody's share.
+    pub(super) fn all(ask: &Ask, place: ChargedTo, short: Shortfall) -> Self {
+        let Ask { key, quota, cost, .. } = *ask;
+        Self { key, quota, cost, place, tokens: cost, share: None, short, of_bucket: short }
+    }
 }

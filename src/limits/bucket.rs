@@ -193,6 +193,11 @@ pub struct Level {
 }
 
 impl Level {
+    /// Whether less than `percent` of the bucket is used now.
+    pub fn is_below(self, percent: u8) -> bool {
+        self.after.saturating_mul(100) < self.refill.saturating_mul(u64::from(percent))
+    }
+
     /// Whether this call took the bucket from below `percent` used to it or above.
     pub fn crossed(self, percent: u8) -> bool {
         // At most 2 x 3.2e16 x 100: fits, and where a reload has shrunk a bucket that owes more, it saturates.

@@ -166,7 +166,8 @@ impl Counters {
 
     /// Counts the soft limits of a bucket of `stage` that were gone over when it was paid from.
     pub(super) fn count_soft_limits(&self, limits: SoftLimits, stage: Stage, paid: Option<Level>) {
-        let Some(level) = paid else { return };
+        // As most are.
+        let Some(level) = paid.filter(|level| !level.is_below(SoftLimits::LEAST)) else { return };
         for (step, _) in limits.steps().filter(|(_, percent)| level.crossed(*percent)) {
             if let Some(counter) = self.soft.get(stage.at() * SoftLimits::STEPS.len() + step) {
                 counter.increment(1);

@@ -541,7 +541,7 @@ impl SharedGate {
             decided => decided,
         };
         let in_full = |it: &HeldTokens| it.tokens > 0 && matches!(it.place, ChargedTo::Own(_));
-        let paid = held.filter(|it| decided.is_ok() && in_full(it)).map(|it| it.ask.quota);
+        let paid = held.filter(|it| decided.is_ok() && in_full(it)).map(|it| it.quota);
         if let Some(held) = held {
             let level = state.rates.settle_held(&held, u32::from(decided.is_ok()));
             if decided.is_ok() {

@@ -123,7 +123,7 @@ impl Ledger {
         };
         let key = self.identity_key(id, method, choice);
         let Identities { table, held } = identities;
-        if held.iter().any(|(other, _)| other.ask.key.hash == key.hash) {
+        if held.iter().any(|(other, _)| other.key.hash == key.hash) {
             return None;
         }
         let cost = choice.rule.costs().answer();
@@ -147,7 +147,7 @@ impl Ledger {
     fn settle_identities(&self, plan: &CallPlan, method: Method, identities: &mut Identities, passed: bool) {
         let Identities { table, held } = identities;
         for (it, charged_as) in held.drain(..) {
-            let paid = table.settle_held(&it, if passed { it.ask.cost } else { 0 });
+            let paid = table.settle_held(&it, if passed { it.cost } else { 0 });
             if passed {
                 self.counters.count(Stage::Identity, Some(method), charged_as, Decision::Allowed);
                 self.counters.count_soft_limits(plan.soft, Stage::Identity, paid);

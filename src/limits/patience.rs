@@ -5,7 +5,7 @@
 
 use std::{num::NonZeroU32, time::Duration};
 
-use super::slots::Attestations;
+use super::{attempt::Attempt, slots::Attestations};
 
 /// How long one waits for room, at most, before it is refused for the node's sake: a call for tokens or for memory, a connection at
 /// the door, and one that was let in for the memory to begin to speak. For as long others are told to go for one that is below its
@@ -39,9 +39,9 @@ impl Patience {
         timeout(grpc_timeout).map(Self::within)
     }
 
-    /// Whether it waits at all.
-    pub(super) fn is_none(self) -> bool {
-        self.0.is_zero()
+    /// What the first try of a call is.
+    pub(super) fn first(self) -> Attempt {
+        if self.0.is_zero() { Attempt::Only } else { Attempt::First }
     }
 
     /// What is left when so much time has passed since the call came.
@@ -106,6 +106,6 @@ mod tests {
         }
         assert_eq!(Patience::parse(&[b'1', 0xff]), None);
         assert_eq!(places(), Attestations::new(NonZeroU32::new(PLACES), NonZeroU32::new(PLACES)).unwrap());
-        assert!(Patience::within(Duration::ZERO).is_none());
+        assert_eq!(Patience::within(Duration::ZERO).first(), Attempt::Only);
     }
 }

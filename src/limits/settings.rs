@@ -100,25 +100,28 @@ impl NodeQuota {
     }
 }
 
-/// Steps in percent of a bucket, at which going over one is counted.
+/// Steps in percent of a bucket, at which going over one is counted: a bit for each of [`SoftLimits::STEPS`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SoftLimits([bool; Self::STEPS.len()]);
+pub struct SoftLimits(u8);
 
 impl SoftLimits {
     /// The steps there are, and their metric label. A closed set for that.
     pub(super) const STEPS: [(u8, &str); 8] =
         [(50, "50"), (60, "60"), (70, "70"), (75, "75"), (80, "80"), (90, "90"), (95, "95"), (100, "100")];
+    /// The least of the steps there are.
+    pub(super) const LEAST: u8 = Self::STEPS[0].0;
 
     /// These steps.
     ///
     /// # Errors
     /// [`SoftLimitError`] for the first that there is not.
     pub fn new(steps: &[u8]) -> Result<Self, SoftLimitError> {
-        let known = |step: &u8| Self::STEPS.iter().any(|(known, _)| known == step);
-        match steps.iter().find(|step| !known(step)) {
-            Some(step) => Err(SoftLimitError(*step)),
-            None => Ok(Self(Self::STEPS.map(|(step, _)| steps.contains(&step)))),
+        let mut set = Self::default();
+        for step in steps {
+            let at = Self::STEPS.iter().position(|(known, _)| known == step).ok_or(SoftLimitError(*step))?;
+            set.0 |= 1 << at;
         }
+        Ok(set)
     }
 
     /// Every step there is, as text: `50, 60`.
@@ -128,8 +131,8 @@ impl SoftLimits {
 
     /// The steps that are set, with their place in [`SoftLimits::STEPS`].
     pub(super) fn steps(self) -> impl Iterator<Item = (usize, u8)> {
-        let all = Self::STEPS.into_iter().zip(self.0).enumerate();
-        all.filter(|(_, (_, set))| *set).map(|(at, ((step, _), _))| (at, step))
+        let all = Self::STEPS.into_iter().enumerate();
+        all.filter(move |(at, _)| self.0 & 1 << at != 0).map(|(at, (step, _))| (at, step))
     }
 }
 

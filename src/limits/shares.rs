@@ -104,6 +104,46 @@ impl TakerShare {
         own.spent(now, quota).saturating_add(Self::price(self.own.held, quota, takers))
     }
 
+    /// Its taker asks for so many tokens, and is counted with those that are active. When it has them, if it has not.
+    fn claim(
+        &mut self,
+        now: u64,
+        common: Common,
+        cost: u32,
+        taker: Taker,
+        takers: &mut usize,
+    ) -> Option<Duration> {
+        let Common { bucket, quota, short } = common;
+        let joins = !self.is_active(now, quota);
+        // One that is counted now counts itself: it asks.
+        *takers += usize::from(joins);
+        if joins && short == Shortfall::Refuse {
+            // It has no more of the bucket than there is.
+            let parts = u64::try_from(*takers).unwrap_or(u64::MAX);
+            let there_is = bucket.unspent(now, quota).saturating_mul(parts);
+            self.own.spend(now, quota, quota.refill().saturating_sub(there_is));
+        }
+        self.asked = Some(now);
+        self.taking.caller = self.is_own().then_some(taker.caller);
+        self.wait(now, quota, cost, *takers)
+    }
+
+    /// Counts that a call passed.
+    fn passed(&mut self) {
+        self.taking.used = self.taking.used.saturating_add(1);
+    }
+
+    /// Takes `cost` tokens of a call that is over; see [`Bucket::settle_by`].
+    fn pay(&mut self, now: u64, quota: Quota, cost: u32, takers: usize, short: Shortfall) {
+        let most = match short {
+            Shortfall::Refuse | Shortfall::PassOwn => Self::price(quota.burst(), quota, 2 * takers),
+            Shortfall::Pass => quota.refill().saturating_sub(Self::price(self.own.held, quota, takers)),
+        };
+        let spent = self.own.spent(now, quota);
+        let after = spent.saturating_add(Self::price(cost, quota, takers));
+        self.own.spend(now, quota, after.min(most));
+    }
+
     /// When it has so many tokens, if it has not.
     fn wait(&self, now: u64, quota: Quota, cost: u32, takers: usize) -> Option<Duration> {
         let price = Self::price(cost, quota, takers);
@@ -217,7 +257,7 @@ impl Shares {
 
     /// Looks how many tokens a call of `taker` must leave, and takes note that it asked.
     pub(super) fn claim(&mut self, now: u64, common: Common, cost: u32, taker: Taker) -> Claim {
-        let Common { quota, short, .. } = common;
+        let quota = common.quota;
         let is_active = |share: &TakerShare| share.is_active(now, quota);
         if self.active == 0 || now.saturating_sub(self.counted) >= COUNTED_FOR {
             self.active = self.all.iter().filter(|share| is_active(share)).count();
@@ -225,40 +265,29 @@ impl Shares {
             self.counted = now;
         }
         let at = self.place(taker, is_active);
-        let joins = self.all.get(at).is_some_and(|share| !is_active(share));
-        // One that is counted now counts itself: it asks.
-        self.active += usize::from(joins);
-        if joins && short == Shortfall::Refuse {
-            self.begin(now, common, at);
-        }
-        if let Some(share) = self.all.get_mut(at) {
-            share.asked = Some(now);
-            share.taking.caller = share.is_own().then_some(taker.caller);
-        }
-        let takers = self.active;
-        let wait = self.all.get(at).and_then(|share| share.wait(now, quota, cost, takers));
+        let takers = &mut self.active;
+        let wait = self.all.get_mut(at).and_then(|share| share.claim(now, common, cost, taker, takers));
         let kept = quota.burst().div_ceil(2);
-        let leaves = if takers > 1 && wait.is_some() { kept } else { 0 };
+        let leaves = if *takers > 1 && wait.is_some() { kept } else { 0 };
         let leaves_take = Duration::from_nanos(u64::from(leaves).saturating_mul(quota.per_token));
         let can_leave = cost.saturating_add(leaves) <= quota.burst();
         Claim { at, leaves, can_leave, leaves_take, wait: wait.unwrap_or_default() }
-    }
-
-    /// The taker whose share this is joins: it has no more of the bucket than there is.
-    fn begin(&mut self, now: u64, common: Common, at: usize) {
-        let Common { bucket, quota, .. } = common;
-        let takers = u64::try_from(self.active).unwrap_or(u64::MAX);
-        let there_is = bucket.unspent(now, quota).saturating_mul(takers);
-        if let Some(share) = self.all.get_mut(at) {
-            share.own.spend(now, quota, quota.refill().saturating_sub(there_is));
-        }
     }
 
     /// The claim has passed: its tokens are held.
     pub(super) fn passed(&mut self, claim: Claim, cost: u32) {
         if let Some(share) = self.all.get_mut(claim.at) {
             share.own.held = share.own.held.saturating_add(cost);
-            share.taking.used = share.taking.used.saturating_add(1);
+            share.passed();
+        }
+    }
+
+    /// The claim has passed, and the call is over.
+    fn took(&mut self, now: u64, common: Common, claim: Claim, cost: u32) {
+        let takers = self.active.max(1);
+        if let Some(share) = self.all.get_mut(claim.at) {
+            share.passed();
+            share.pay(now, common.quota, cost, takers, common.short);
         }
     }
 
@@ -282,15 +311,7 @@ impl Shares {
         let takers = self.active.max(1);
         if let Some(share) = self.all.get_mut(at) {
             share.own.held = share.own.held.saturating_sub(held);
-            let most = match short {
-                Shortfall::Refuse | Shortfall::PassOwn => TakerShare::price(quota.burst(), quota, 2 * takers),
-                Shortfall::Pass => {
-                    quota.refill().saturating_sub(TakerShare::price(share.own.held, quota, takers))
-                }
-            };
-            let spent = share.own.spent(now, quota);
-            let after = spent.saturating_add(TakerShare::price(cost, quota, takers));
-            share.own.spend(now, quota, after.min(most));
+            share.pay(now, quota, cost, takers, short);
             share.taking.used = share.taking.used.saturating_sub(u32::from(held > 0 && cost == 0));
         }
     }
@@ -458,15 +479,15 @@ impl SharedBucket {
         short: Shortfall,
     ) -> Result<(), TooFew> {
         self.asked = self.asked.max(now);
-        let claim = self.shares.claim(now, Common { bucket: self.bucket, quota, short }, cost, taker);
+        let common = Common { bucket: self.bucket, quota, short };
+        let claim = self.shares.claim(now, common, cost, taker);
         let held = match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
             Ok(()) => cost,
             Err(_) if claim.passes(short) => self.bucket.hold_some(now, quota, cost, claim.leaves),
             Err(wait) => return Err(claim.lacks(wait)),
         };
         self.bucket.settle(now, quota, held, held);
-        self.shares.passed(claim, cost);
-        self.shares.settle(now, quota, claim.at, cost, cost, short);
+        self.shares.took(now, common, claim, cost);
         Ok(())
     }
 }

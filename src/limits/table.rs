@@ -150,7 +150,8 @@ impl Table {
         let short = if spared { Shortfall::Pass } else { short };
         // Tokens that were not there are no debt of the bucket. A share had all of them, and pays.
         let of_bucket = if tokens < ask.cost { Shortfall::Pass } else { short };
-        Ok(HeldTokens { ask: *ask, place, tokens, share, short, of_bucket })
+        let Ask { key, quota, cost, .. } = *ask;
+        Ok(HeldTokens { key, quota, cost, place, tokens, share, short, of_bucket })
     }
 
     /// In the bucket of a key that is known.
@@ -275,33 +276,22 @@ impl Table {
     /// It counts as ended at the latest time that the table was told. That is not before it began, and saves a
     /// look at the clock; the tokens begin to flow back no sooner than if they had been taken at once.
     pub(super) fn settle(&mut self, held: &Ask, place: ChargedTo, cost: u32) -> Option<Level> {
-        let (tokens, short) = (held.cost, Shortfall::Refuse);
-        self.settle_held(
-            &HeldTokens { ask: *held, place, tokens, share: None, short, of_bucket: short },
-            cost,
-        )
+        self.settle_held(&HeldTokens::all(held, place, Shortfall::Refuse), cost)
     }
 
     /// [`Table::settle`] of what [`Table::hold_by`] gave.
     pub(super) fn settle_held(&mut self, held: &HeldTokens, cost: u32) -> Option<Level> {
         let now = self.latest;
-        let HeldTokens {
-            ask: Ask { key, quota, cost: asked, taker, .. },
-            place,
-            tokens,
-            share,
-            short,
-            of_bucket,
-        } = *held;
+        let HeldTokens { key, quota, cost: asked, place, tokens, share, short, of_bucket } = *held;
         let refund = u32::from(asked > 0 && cost == 0);
         let Self { index, cells, shared, parents, unknown, .. } = self;
         let bucket = match place {
             ChargedTo::Own(at) => cell(index, cells, key.hash, at).map(|cell| {
                 cell.used = cell.used.saturating_sub(refund);
                 if cell.taker == SEVERAL
+                    // What was held before there were shares is of none.
+                    && let Some(at) = share
                     && let Some(shares) = shared.of(key.hash)
-                    // What was held before there were shares is of none. What was not held is its caller's.
-                    && let Some(at) = share.or_else(|| shares.at(taker.filter(|_| asked == 0)?))
                 {
                     shares.settle(now, quota, at, asked, cost, short);
                 }
@@ -336,11 +326,9 @@ impl Table {
     pub(super) fn charge(&mut self, now: u64, ask: &Ask, short: Shortfall) -> Option<Level> {
         self.tick(now);
         let nothing = Ask { cost: 0, ..*ask };
-        let place = ChargedTo::Own(u32::MAX);
-        self.settle_held(
-            &HeldTokens { ask: nothing, place, tokens: 0, share: None, short, of_bucket: short },
-            ask.cost,
-        )
+        let share = ask.taker.and_then(|taker| self.shared.known(ask.key.hash)?.at(taker));
+        let held = HeldTokens { share, ..HeldTokens::all(&nothing, ChargedTo::Own(u32::MAX), short) };
+        self.settle_held(&held, ask.cost)
     }
 
     /// Charges a call that is over, known key or not. Where there are too few tokens, its bucket owes them.

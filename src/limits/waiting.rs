@@ -21,42 +21,39 @@ use super::{
 pub(super) struct WaitOfCall {
     /// In nanoseconds since the limits were made.
     arrived: u64,
-    patience: Patience,
-    for_tokens: Duration,
-    for_attestation: Duration,
+    pub(super) patience: Patience,
+    /// What it has waited for tokens and for a place among the attestations, in nanoseconds.
+    for_tokens: u64,
+    for_attestation: u64,
 }
 
 impl WaitOfCall {
     /// Of a call that came at `now`.
     pub(super) fn new(now: u64, patience: Patience) -> Self {
-        Self { arrived: now, patience, for_tokens: FOR_ROOM, for_attestation: FOR_ATTESTATION }
-    }
-
-    /// What its first try is.
-    pub(super) fn first(&self) -> Attempt {
-        if self.patience.is_none() { Attempt::Only } else { Attempt::First }
+        Self { arrived: now, patience, for_tokens: 0, for_attestation: 0 }
     }
 
     /// Waits until the tokens should be there that this refusal was for, or there is room: a call that is the `nth` of
     /// its caller for those before it too. Says what the next try is.
     pub(super) async fn for_tokens(&mut self, ledger: &Ledger, refusal: &Refusal, nth: u32) -> Attempt {
         let began = ledger.now();
-        let left = self.left(began).min(self.for_tokens);
+        let left = self.left(began).min(FOR_ROOM.saturating_sub(Duration::from_nanos(self.for_tokens)));
         let after = refusal.turn(nth);
         let attempt = tokio::select! {
             () = ledger.room.returns() => Attempt::Again,
             () = sleep(after.min(left)) => if after < left { Attempt::Again } else { Attempt::Last },
         };
-        self.for_tokens = self.for_tokens.saturating_sub(between(began, ledger.now()));
+        self.for_tokens += ledger.now().saturating_sub(began);
         attempt
     }
 
     /// Waits for a place among the attestations; `None` when it was too long.
     pub(super) async fn for_attestation(&mut self, ledger: &Ledger, group: u64) -> Option<AttestationSlot> {
         let began = ledger.now();
-        let left = self.left(began).min(self.for_attestation);
+        let left =
+            self.left(began).min(FOR_ATTESTATION.saturating_sub(Duration::from_nanos(self.for_attestation)));
         let slot = timeout(left, ledger.slots.wait(group)).await.ok();
-        self.for_attestation = self.for_attestation.saturating_sub(between(began, ledger.now()));
+        self.for_attestation += ledger.now().saturating_sub(began);
         slot
     }
 
@@ -66,10 +63,6 @@ impl WaitOfCall {
     }
 
     fn left(&self, now: u64) -> Duration {
-        self.patience.left(between(self.arrived, now))
+        self.patience.left(Duration::from_nanos(now.saturating_sub(self.arrived)))
     }
-}
-
-fn between(from: u64, to: u64) -> Duration {
-    Duration::from_nanos(to.saturating_sub(from))
 }
