@@ -451,6 +451,7 @@ impl Attestor {
         if connected.is_some_and(|groups| groups.number() > status::MAX_GROUPS) {
             return Err(ProcReadError::TooManyGroups.into());
         }
+        process.is_read();
         let process_dir = dir.clone();
         let read = move || ProcDir::open(process_dir)?.status();
         let status = self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await?;

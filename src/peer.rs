@@ -30,6 +30,7 @@ mod metrics;
 mod outbox;
 pub mod passage;
 mod pauses;
+pub mod pins;
 pub mod pod;
 mod reply;
 mod request;
@@ -52,7 +53,7 @@ mod writer;
 
 pub use accept_gate::{AcceptGate, AdmitAll};
 pub use bounds::ConnectionBounds;
-pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone};
+pub use credentials::{Arrival, KeyResolver, OsUid, Peer, PeerGone, PlaceUnread};
 pub use drain::Drained;
 pub use end::ConnectionEnd;
 pub use head_count::Unheard;

@@ -55,10 +55,6 @@ impl From<ConnectionPermit> for PlaceAtGate {
 
 impl AuditedGate {
     fn refused(&self, arrival: &Arrival, why: ConnectionRefusal) {
-        let Credentials { uid, pid, .. } = arrival.credentials();
-        if arrival.is_shown() {
-            self.gate.was_shown_in_vain(CallerKey::Uid(uid.as_raw()), pid.as_raw().unsigned_abs());
-        }
         self.audit.not_let_in(AuditedProcess::arrived(arrival), why);
     }
 }
@@ -68,6 +64,10 @@ impl AcceptGate for AuditedGate {
 
     fn may_ask_after_process(&self, user: CallerKey) -> bool {
         self.gate.may_show_processes(user)
+    }
+
+    fn was_asked_after(&self, arrival: &Arrival) {
+        self.gate.was_asked_after(arrival.caller(), arrival.credentials().pid.as_raw());
     }
 
     fn admit_connection(
@@ -83,8 +83,7 @@ impl AcceptGate for AuditedGate {
     }
 
     fn begins(&self, place: &mut PlaceAtGate, arrival: &Arrival, socket: BorrowedFd<'_>) {
-        let Credentials { uid, gid, pid } = arrival.credentials();
-        place.permit.shows(pid.as_raw().unsigned_abs());
+        let Credentials { uid, gid, .. } = arrival.credentials();
         let groups = || {
             let mut groups = peer_groups(&socket)?;
             groups.push(gid.as_raw());

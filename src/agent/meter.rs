@@ -23,6 +23,7 @@ use tokio::{sync::Notify, time::sleep};
 use crate::{
     limits::{
         Gate, Limits,
+        names::KeptOfNames,
         processor::{ProcessorTime, Spell},
         room::Short,
     },
@@ -33,7 +34,7 @@ use crate::{
         open_files::open_files,
         run_delay::RunDelay,
     },
-    peer::ConnectionStats,
+    peer::{ConnectionStats, pins::FoundNames},
 };
 
 /// How often memory is looked at; and how often while nobody calls.
@@ -110,11 +111,17 @@ struct KernelUse {
 impl KernelUse {
     /// What of the kernel's part is neither for these nor the process's own: names that it has looked up. No more than there is of
     /// them, whatever callers do.
-    fn names(self, parts: ChargedParts) -> u64 {
+    fn names(self, parts: ChargedParts) -> KeptOfNames {
         let of_files = self.files.saturating_mul(KEPT_OF_FILE);
         match parts.reclaimable {
-            Some(slabs) => slabs.min(parts.kernel).saturating_sub(of_files),
-            None => [of_files, self.held, OF_PROCESS].into_iter().fold(parts.kernel, u64::saturating_sub),
+            Some(slabs) => {
+                let names = slabs.min(parts.kernel).saturating_sub(of_files);
+                KeptOfNames { least: names, most: names }
+            }
+            None => {
+                let most = parts.kernel.saturating_sub(of_files).saturating_sub(OF_PROCESS);
+                KeptOfNames { least: most.saturating_sub(self.held), most }
+            }
         }
     }
 }
@@ -135,10 +142,16 @@ impl MeteredCgroup {
     }
 
     /// What of the kernel's part are names.
-    fn names(&self, parts: ChargedParts) -> Option<u64> {
+    fn names(&self, parts: ChargedParts) -> Option<KeptOfNames> {
         let use_now = KernelUse { files: open_files()?, held: self.held() };
-        if use_now.names(parts) < WORTH_A_WAIT {
-            return Some(0);
+        let names = use_now.names(parts);
+        let ended = &self.connections.ended;
+        ended.ask(names.most >= WORTH_A_WAIT || self.gate.may_hold_names());
+        for FoundNames { caller, held, unknown } in ended.look() {
+            self.gate.found_names(caller, held, unknown);
+        }
+        if names.most < WORTH_A_WAIT {
+            return None;
         }
         // Of what was closed before, the kernel may keep something yet.
         let accepted = self.connections.accepted();
@@ -224,7 +237,7 @@ fn watch(metered: &Weak<MeteredCgroup>, pace: &LookPace) {
         metered.alone.store(parts.is_some(), Relaxed);
         // What is charged for others says nothing about callers.
         let names = parts.and_then(|parts| metered.names(parts));
-        metered.gate.names_are(names.unwrap_or(0));
+        metered.gate.names_are(names.unwrap_or_default());
         drop(metered);
         thread::park_timeout(pace.pause());
     }
@@ -287,21 +300,21 @@ mod tests {
 
     #[test]
     fn names_are_what_nothing_else_can_be() {
-        for (case, kernel, reclaimable, files, held, want) in [
-            ("of the kernel's part", 10 * MIB, None, 0, 0, 8 * MIB),
-            ("no more than its own", 2 * MIB, None, 0, 0, 0),
-            ("what is held may be there", 10 * MIB, None, 0, 5 * MIB, 3 * MIB),
-            ("and more than that", 10 * MIB, None, 0, 50 * MIB, 0),
-            ("files are there", 10 * MIB, None, 2 * KIB, 0, 5 * MIB),
-            ("and may be all", 10 * MIB, None, 20 * KIB, 0, 0),
-            ("of slabs", 10 * MIB, Some(6 * MIB), 0, 20 * MIB, 6 * MIB),
-            ("with files", 10 * MIB, Some(6 * MIB), 2 * KIB, 0, 3 * MIB),
-            ("which may be all", 10 * MIB, Some(6 * MIB), 20 * KIB, 0, 0),
-            ("more slabs than there is of the kernel", 4 * MIB, Some(6 * MIB), 0, 0, 4 * MIB),
-            ("the kernel does not say", 0, None, 0, 0, 0),
+        for (case, kernel, reclaimable, files, held, [least, most]) in [
+            ("of the kernel's part", 10 * MIB, None, 0, 0, [8 * MIB; 2]),
+            ("no more than its own", 2 * MIB, None, 0, 0, [0; 2]),
+            ("what is held may be there", 10 * MIB, None, 0, 5 * MIB, [3 * MIB, 8 * MIB]),
+            ("and more than that", 10 * MIB, None, 0, 50 * MIB, [0, 8 * MIB]),
+            ("files are there", 10 * MIB, None, 2 * KIB, 0, [5 * MIB; 2]),
+            ("and may be all", 10 * MIB, None, 20 * KIB, 0, [0; 2]),
+            ("of slabs", 10 * MIB, Some(6 * MIB), 0, 20 * MIB, [6 * MIB; 2]),
+            ("with files", 10 * MIB, Some(6 * MIB), 2 * KIB, 0, [3 * MIB; 2]),
+            ("which may be all", 10 * MIB, Some(6 * MIB), 20 * KIB, 0, [0; 2]),
+            ("more slabs than there is of the kernel", 4 * MIB, Some(6 * MIB), 0, 0, [4 * MIB; 2]),
+            ("the kernel does not say", 0, None, 0, 0, [0; 2]),
         ] {
             let parts = ChargedParts { droppable: 0, kernel, reclaimable };
-            assert_eq!(KernelUse { files, held }.names(parts), want, "{case}");
+            assert_eq!(KernelUse { files, held }.names(parts), KeptOfNames { least, most }, "{case}");
         }
     }
 }

@@ -52,6 +52,8 @@ pub(super) trait Attestable: Sync {
     fn patience(&self) -> Duration {
         Duration::MAX
     }
+    /// Something of it is read in `/proc`.
+    fn is_read(&self) {}
     /// It waits for something that costs nothing, and needs no place among the attestations any more.
     fn stand_aside(&self) {}
     /// The supplementary groups that it had when it connected, if the kernel says.
@@ -105,6 +107,10 @@ impl Attestable for Peer {
         })
     }
 
+    fn is_read(&self) {
+        self.is_read();
+    }
+
     fn slot(&self) -> Option<&PeerSlot> {
         Some(self.slot())
     }
@@ -142,6 +148,10 @@ impl Attestable for PlacedPeer<'_> {
 
     fn is_alive(&self) -> Result<(), AttestError> {
         Attestable::is_alive(self.peer)
+    }
+
+    fn is_read(&self) {
+        self.peer.is_read();
     }
 
     fn slot(&self) -> Option<&PeerSlot> {

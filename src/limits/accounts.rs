@@ -155,10 +155,7 @@ impl GroupAccount {
 
     /// Whether it has none, and nothing that it is remembered for.
     fn is_over(&self, now: u64) -> bool {
-        self.has_none()
-            && self.held.waste.owes_until() <= now
-            && self.held.names.bytes() == 0
-            && self.held.names.shown() == 0
+        self.has_none() && self.held.waste.owes_until() <= now && self.held.names.are_nothing()
     }
 
     /// Of its callers the one with the lowest number, and how many others there are. Without a connection, the last that had one.
@@ -239,8 +236,6 @@ pub(super) struct Accounts {
     pub(super) groups: HashMap<u64, GroupAccount, ahash::RandomState>,
     /// Groups without a connection.
     kept: usize,
-    /// Bytes of names that are held by nobody.
-    pub(super) names_of_nobody: u64,
     /// What is owed by those for whom there was no room.
     owed_until: u64,
     next: u64,
@@ -253,7 +248,6 @@ impl Accounts {
             callers: HashMap::default(),
             groups: HashMap::default(),
             kept: 0,
-            names_of_nobody: 0,
             owed_until: 0,
             next: 0,
             node,

@@ -37,6 +37,7 @@ use super::{
     ledger::{Ledger, PARENT_PARTS},
     lent_memory::LentMemory,
     lent_places::{KeptFor, LentPlace, LentPlaces, Vacancy},
+    names::KeptOfNames,
     out_of_room::AllOutOfRoom,
     patience::FOR_ROOM,
     refusal::{ChargedAs, ConnectionRefusal, RejectionStatus, Stage},
@@ -345,11 +346,21 @@ impl Gate {
         })
     }
 
-    /// A connection of the process with this number is refused that was asked after. What the kernel keeps of it is held by its
-    /// `user`.
-    pub fn was_shown_in_vain(&self, user: CallerKey, pid: u32) {
-        let group = self.family_of(user);
-        self.shared.state().accounts.was_shown_in_vain(user, group, pid);
+    /// The process with this number was looked at in `/proc` to find out that it is this caller's.
+    pub fn was_asked_after(&self, caller: CallerKey, pid: i32) {
+        let group = self.family_of(caller);
+        self.shared.state().accounts.reads_process(caller, group, pid);
+    }
+
+    /// Whether somebody may hold some.
+    pub fn may_hold_names(&self) -> bool {
+        self.shared.state().accounts.may_hold_names()
+    }
+
+    /// Of processes of a caller whose connections have ended somebody holds the names of so many, and of so many it is not known.
+    pub fn found_names(&self, caller: CallerKey, held: u64, unknown: u64) {
+        let group = self.family_of(caller);
+        self.shared.state().accounts.found_names(caller, group, held, unknown);
     }
 
     /// Whether further processes of `user` may be asked after before they are let in: not while memory is short, and what the kernel
@@ -364,8 +375,8 @@ impl Gate {
     }
 
     /// The kernel keeps so many bytes of the [names](super::names) of callers' processes.
-    pub fn names_are(&self, bytes: u64) {
-        self.shared.state().accounts.names_are(bytes);
+    pub fn names_are(&self, kept: KeptOfNames) {
+        self.shared.state().accounts.names_are(kept);
     }
 
     /// One that was let in begins to speak, and found memory for it: it is counted as let in. Whoever says nothing is when it ends.
@@ -756,11 +767,6 @@ impl ConnectionPermit {
     /// What the connection holds, to be told by whoever serves it.
     pub fn holding(&self) -> &Arc<Holding> {
         &self.holding
-    }
-
-    /// The connection is of the process with this number.
-    pub fn shows(&self, pid: u32) {
-        self.holding.shows(pid);
     }
 
     /// Counts it as let in, unless that was done.

@@ -7,7 +7,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 use super::{
     budget::NEWCOMER,
     caller::NthCall,
+    names,
     room::{Room, Short},
     since_start::SinceStart,
     waste::{AllWaste, Waste},
@@ -261,13 +262,14 @@ impl GroupHeld {
     }
 }
 
-/// What the kernel keeps of the [names](super::names) of a family's processes.
+/// What the kernel keeps of the [names](super::names) of a family's processes, in bytes.
 #[derive(Debug, Default)]
 pub(super) struct HeldNames {
     bytes: AtomicU64,
-    /// The process that connected last, and how many others did since this was last asked.
-    last: AtomicU32,
-    shown: AtomicU32,
+    /// What it may be at most: of names that somebody holds, and of processes that were read.
+    pub(super) pinned: AtomicU64,
+    pub(super) read: AtomicU64,
+    lately: [[AtomicI32; 2]; 8],
 }
 
 impl HeldNames {
@@ -276,21 +278,21 @@ impl HeldNames {
         self.bytes.load(Relaxed)
     }
 
-    /// A process of this number has connected.
-    pub(super) fn shows(&self, pid: u32) {
-        if self.last.swap(pid, Relaxed) != pid {
-            self.shown.fetch_add(1, Relaxed);
+    /// The process with this number was looked at in `/proc`: once more than lately is nothing.
+    pub(super) fn reads_process(&self, pid: i32) {
+        let set = usize::try_from(pid).unwrap_or(0) % self.lately.len();
+        let Some([last, before]) = self.lately.get(set) else { return };
+        if last.load(Relaxed) != pid {
+            let second = last.swap(pid, Relaxed);
+            if before.swap(second, Relaxed) != pid {
+                self.read.fetch_add(names::OF_PROCESS, Relaxed);
+            }
         }
     }
 
-    /// How many have connected since they were forgotten.
-    pub(super) fn shown(&self) -> u32 {
-        self.shown.load(Relaxed)
-    }
-
-    /// How many they were, which are forgotten.
-    pub(super) fn take_shown(&self) -> u32 {
-        self.shown.swap(0, Relaxed)
+    /// Whether it may never be anything.
+    pub(super) fn are_nothing(&self) -> bool {
+        [&self.bytes, &self.pinned, &self.read].iter().all(|bytes| bytes.load(Relaxed) == 0)
     }
 }
 
@@ -396,10 +398,10 @@ impl Holding {
         fits
     }
 
-    /// It is of the process with this number.
-    pub(super) fn shows(&self, pid: u32) {
+    /// The process of this number, which it is of, is looked at in `/proc`.
+    pub fn reads_process(&self, pid: i32) {
         if let Some(HeldSums { group, .. }) = &self.sums {
-            group.names.shows(pid);
+            group.names.reads_process(pid);
         }
     }
 

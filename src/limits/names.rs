@@ -2,42 +2,80 @@
 //!
 //! For each process that the agent asks after, the kernel makes names: of its pidfd, and of its `/proc/PID` where that is read. They
 //! are charged to the agent. It drops them by itself; but whoever has opened the same holds them for as long as it likes, and the
-//! agent pays for them when the process has ended and its connection is closed. The kernel says how much it keeps, and
-//! not for whom. So what this has grown by since the last look is held by the families whose processes connected meanwhile, by how
-//! many did; and what it has shrunk by, all hold less of. They hold it as they hold what their connections take: who holds more
-//! than its share gets no further connection while memory is short.
+//! agent pays for them when the process has ended and its connection is closed. The kernel says how much it keeps, and not for whom.
+//!
+//! Of pidfds it can be found out once a connection has ended ([`pins`](crate::peer::pins)): a family holds those of its processes
+//! that somebody has open. Of `/proc/PID` it cannot: what is kept beyond that is held by the families whose processes were
+//! read, by how many were of late, and no more than these can have left. What nobody can have left is nobody's.
+//! They hold it as they hold what their connections take: who holds more than its share gets no further connection while memory is
+//! short.
+//!
+//! Nobody says when a name is let go. What was found stays found as long as the kernel keeps as much, and else fades.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::{accounts::Accounts, caller::CallerKey};
 
-/// A group without a connection is not remembered for fewer bytes.
-const LITTLE: u64 = 32 * 1024;
+/// What the kernel keeps of a pidfd that somebody holds, in bytes. Measured: 0.9 KiB.
+const OF_PIDFD: u64 = 1024;
+/// The same of `/proc/PID` and files in it, at most.
+pub(super) const OF_PROCESS: u64 = 2048;
+/// Of what is found beyond what is kept one part in so many is forgotten by each look, of which there are four a second: what is kept
+/// is no exact number, and less for a moment is not less.
+const PINNED_FADES: u64 = 256;
+const READ_FADES: u64 = 64;
+/// Less is nothing.
+const LITTLE: u64 = 1024;
+
+/// What the kernel keeps of names, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeptOfNames {
+    /// As far as nothing else can be it, whatever connections hold.
+    pub least: u64,
+    /// As far as it can be.
+    pub most: u64,
+}
 
 impl Accounts {
-    /// The kernel keeps so many bytes of names now.
-    pub(super) fn names_are(&mut self, all: u64) {
-        let shown: Vec<u32> = self.groups.values().map(|account| account.held.names.take_shown()).collect();
-        let all_shown: u64 = shown.iter().map(|shown| u64::from(*shown)).sum();
-        let known = self.names_held().saturating_add(self.names_of_nobody);
-        let grown = all.saturating_sub(known);
-        let mut held = 0_u64;
-        for (account, shown) in self.groups.values().zip(shown) {
-            let before = account.held.names.bytes();
-            let now = if all < known {
-                part(all, before, known)
-            } else {
-                before.saturating_add(part(grown, shown.into(), all_shown))
-            };
-            let now = if now < LITTLE && account.has_none() { 0 } else { now };
-            account.held.set_names(now, &self.node);
-            held = held.saturating_add(now);
+    /// The kernel keeps so much of names now.
+    pub(super) fn names_are(&mut self, KeptOfNames { least, most }: KeptOfNames) {
+        let sum = |of: fn(&super::holding::HeldNames) -> &AtomicU64| -> u64 {
+            self.groups
+                .values()
+                .map(|account| of(&account.held.names).load(Relaxed))
+                .fold(0, u64::saturating_add)
+        };
+        let (pinned, read) = (sum(|names| &names.pinned), sum(|names| &names.read));
+        let of_pinned = pinned.min(most);
+        let of_read = read.min(least.saturating_sub(of_pinned));
+        for account in self.groups.values() {
+            let names = &account.held.names;
+            let own =
+                [(&names.pinned, of_pinned, pinned, PINNED_FADES), (&names.read, of_read, read, READ_FADES)];
+            let holds = own.map(|(own, held, all, fades)| {
+                let before = own.load(Relaxed);
+                let goes = part(all.saturating_sub(held), before, all).div_ceil(fades);
+                let goes = if before <= LITTLE && held < all { before } else { goes };
+                own.fetch_sub(goes, Relaxed);
+                part(held, before, all)
+            });
+            account.held.set_names(holds.iter().sum(), &self.node);
         }
-        self.names_of_nobody = all.saturating_sub(held);
     }
 
-    /// A process of a caller was asked after, and no connection let in.
-    pub(super) fn was_shown_in_vain(&mut self, caller: CallerKey, group: u64, pid: u32) {
+    /// A process of a caller is looked at in `/proc`, with a connection or without.
+    pub(super) fn reads_process(&mut self, caller: CallerKey, group: u64, pid: i32) {
         if let Some(account) = self.remembered(caller, group) {
-            account.held.names.shows(pid);
+            account.held.names.reads_process(pid);
+        }
+    }
+
+    /// Somebody holds the names of so many processes of a caller; of so many it is not known.
+    pub(super) fn found_names(&mut self, caller: CallerKey, group: u64, held: u64, unknown: u64) {
+        if let Some(account) = self.remembered(caller, group) {
+            let names = &account.held.names;
+            names.pinned.fetch_add(held.saturating_mul(OF_PIDFD), Relaxed);
+            names.read.fetch_add(unknown.saturating_mul(OF_PIDFD), Relaxed);
         }
     }
 
@@ -49,6 +87,11 @@ impl Accounts {
     /// Bytes of names that somebody holds.
     pub(super) fn names_held(&self) -> u64 {
         self.groups.values().map(|account| account.held.names.bytes()).fold(0, u64::saturating_add)
+    }
+
+    /// Whether somebody may hold names.
+    pub(super) fn may_hold_names(&self) -> bool {
+        self.groups.values().any(|account| account.held.names.pinned.load(Relaxed) > 0)
     }
 }
 
@@ -63,50 +106,76 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::limits::{accounts::OpenPlace, holding::NodeHeld, since_start::SinceStart};
+    use crate::limits::{holding::NodeHeld, since_start::SinceStart};
 
     const KIB: u64 = 1024;
 
-    fn show(accounts: &mut Accounts, uid: u32, pids: std::ops::Range<u32>) -> OpenPlace {
-        let (place, holding) = accounts.add(CallerKey::Uid(uid), u64::from(uid), 0);
-        pids.for_each(|pid| holding.shows(pid));
-        place
+    fn accounts() -> Accounts {
+        Accounts::new(Arc::new(NodeHeld::new(Arc::default(), SinceStart::default())))
+    }
+
+    fn read(accounts: &mut Accounts, uid: u32, pids: std::ops::Range<i32>) {
+        pids.for_each(|pid| accounts.reads_process(CallerKey::Uid(uid), uid.into(), pid));
+    }
+
+    fn pin(accounts: &mut Accounts, uid: u32, processes: u64) {
+        accounts.found_names(CallerKey::Uid(uid), uid.into(), processes, 0);
     }
 
     fn held(accounts: &Accounts) -> [u64; 3] {
         [1, 2, 3].map(|uid| accounts.of_group(uid).1 / KIB)
     }
 
+    fn exactly(kib: u64) -> KeptOfNames {
+        KeptOfNames { least: kib * KIB, most: kib * KIB }
+    }
+
     #[test]
-    fn what_is_kept_is_held_by_those_whose_processes_it_may_be_of() {
-        let mut accounts = Accounts::new(Arc::new(NodeHeld::new(Arc::default(), SinceStart::default())));
-        let _neighbour = show(&mut accounts, 3, 0..0);
-        accounts.names_are(100 * KIB);
-        assert_eq!(held(&accounts), [0, 0, 0], "nobody showed any");
-        // The first one's connections are closed.
-        let first = show(&mut accounts, 1, 1..301);
-        accounts.take(&first);
-        let second = show(&mut accounts, 2, 301..401);
-        accounts.names_are(500 * KIB);
-        assert_eq!(held(&accounts), [300, 100, 0]);
-        accounts.names_are(500 * KIB);
-        let _again = show(&mut accounts, 2, 400..401);
-        accounts.names_are(700 * KIB);
-        assert_eq!(held(&accounts), [300, 100, 0], "one process that connects again makes none");
-        accounts.names_are(350 * KIB);
-        assert_eq!(held(&accounts), [150, 50, 0], "all hold less");
+    fn names_are_held_by_those_whose_processes_they_are_of() {
+        let mut accounts = accounts();
+        accounts.names_are(exactly(1000));
+        assert_eq!(held(&accounts), [0, 0, 0], "nobody can have left any");
+        pin(&mut accounts, 1, 300);
+        read(&mut accounts, 2, 1..101);
+        accounts.names_are(exactly(1000));
+        assert_eq!(held(&accounts), [300, 200, 0], "no more than they can have left");
+        accounts.names_are(exactly(400));
+        assert_eq!(held(&accounts), [300, 100, 0], "who is known to hold some does");
+        accounts.names_are(KeptOfNames { least: 0, most: 400 * KIB });
+        assert_eq!(held(&accounts), [300, 0, 0]);
+        accounts.names_are(exactly(150));
+        assert_eq!(held(&accounts), [150, 0, 0]);
         assert_eq!(accounts.names_held(), accounts.node.bytes());
-        accounts.take(&second);
-        assert_eq!(held(&accounts), [150, 50, 0], "though they have no connection");
-        accounts.names_are(50 * KIB);
-        accounts.forget_paid();
-        assert_eq!(held(&accounts), [0, 7, 0], "little is remembered of those who have one alone");
-        accounts.names_are(0);
-        assert_eq!((held(&accounts), accounts.node.bytes()), ([0; 3], 0));
-        for pid in 1..9 {
-            accounts.was_shown_in_vain(CallerKey::Uid(1), 1, pid);
+    }
+
+    /// Whoever connects while others hold names, whatever is measured meanwhile.
+    #[test]
+    fn names_do_not_change_hands() {
+        let mut accounts = accounts();
+        pin(&mut accounts, 1, 5000);
+        for at in 0..100 {
+            // Two processes that connect in turn, again and again.
+            read(&mut accounts, 2, 70..72);
+            read(&mut accounts, 2, 78..80);
+            accounts.names_are(exactly(if at % 2 == 0 { 5000 } else { 500 }));
         }
-        accounts.names_are(90 * KIB);
-        assert_eq!(held(&accounts), [90, 0, 0], "those that were refused count");
+        accounts.names_are(exactly(5000));
+        let [first, second, _] = held(&accounts);
+        assert!(first > 3900, "{first}");
+        assert!(second <= 8, "{second}");
+    }
+
+    #[test]
+    fn what_is_let_go_is_forgotten_in_the_end() {
+        let mut accounts = accounts();
+        pin(&mut accounts, 1, 5000);
+        read(&mut accounts, 3, 1..2000);
+        for _ in 0..10_000 {
+            accounts.names_are(KeptOfNames::default());
+        }
+        accounts.forget_paid();
+        assert!(!accounts.may_hold_names());
+        assert!(accounts.groups.is_empty(), "{:?}", accounts.groups);
+        assert_eq!(accounts.node.bytes(), 0);
     }
 }

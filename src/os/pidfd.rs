@@ -53,6 +53,11 @@ impl Pidfd {
         Ok(Self::new(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// The descriptor, which is closed with the last of all who have it.
+    pub(crate) fn descriptor(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.fd)
+    }
+
     /// Whether the process has ended, as a zombie too: a pidfd turns readable then, and stays so, reaped or not.
     ///
     /// # Errors

@@ -33,6 +33,9 @@ pub trait AcceptGate: Send + Sync + 'static {
         attempt: Attempt,
     ) -> Result<Self::Permit, ConnectionRefusal>;
 
+    /// Something was read of a process to find out whom to charge for its connection. By default nobody asks.
+    fn was_asked_after(&self, _arrival: &Arrival) {}
+
     /// One is let in that connected by this socket: its connection begins. By default nothing more is asked.
     fn begins(&self, _permit: &mut Self::Permit, _arrival: &Arrival, _socket: BorrowedFd<'_>) {}
 

@@ -21,7 +21,10 @@ use nix::{
 };
 use tokio::{io::ReadBuf, net::UnixStream};
 
-use super::closing::{Closers, HeldPlace};
+use super::{
+    closing::{Closers, HeldPlace},
+    pins::AskedLater,
+};
 use crate::os::{
     passing::{Passing, prepare},
     receive::{Care, Received, receive},
@@ -61,6 +64,7 @@ pub(super) struct Accepted<S: AcceptedSocket, P: Send + 'static = ()> {
     closers: Option<Arc<Closers>>,
     family: u64,
     place: Option<P>,
+    asked_later: Option<AskedLater>,
 }
 
 /// A connected Unix socket.
@@ -88,16 +92,24 @@ impl Accepted<StdStream> {
     /// The socket does not do what it is told: it is closed.
     pub(super) fn new(socket: StdStream, closing: &Closing) -> io::Result<Self> {
         let Closing::Careful(closers, passing) = closing else {
-            return Ok(Self { socket: Some(socket), closers: None, family: UNKNOWN, place: None });
+            return Ok(Self::of(socket, None));
         };
-        let this =
-            Self { socket: Some(socket), closers: Some(Arc::clone(closers)), family: UNKNOWN, place: None };
+        let this = Self::of(socket, Some(Arc::clone(closers)));
         // What is sent out of band would be thrown away by a read that comes past it, with its descriptors.
         setsockopt(this.socket(), sockopt::OobInline, &true)?;
         if *passing != Passing::Always {
             prepare(this.socket())?;
         }
         Ok(this)
+    }
+
+    fn of(socket: StdStream, closers: Option<Arc<Closers>>) -> Self {
+        Self { socket: Some(socket), closers, family: UNKNOWN, place: None, asked_later: None }
+    }
+
+    /// When it has ended, it is asked after.
+    pub(super) fn ask_later(&mut self, after: AskedLater) {
+        self.asked_later = Some(after);
     }
 
     /// Says whose it is. Families share the threads that close.
@@ -127,7 +139,8 @@ impl Accepted<StdStream> {
     }
 
     fn with<P: Send + 'static>(mut self, socket: Option<UnixStream>, place: P) -> Accepted<UnixStream, P> {
-        Accepted { socket, closers: self.closers.take(), family: self.family, place: Some(place) }
+        let (closers, asked_later) = (self.closers.take(), self.asked_later.take());
+        Accepted { socket, closers, family: self.family, place: Some(place), asked_later }
     }
 }
 
@@ -135,7 +148,7 @@ impl<P: Send + 'static> Accepted<UnixStream, P> {
     /// Its place at the gate is free from now on.
     pub(super) fn give_up_place(mut self) -> Accepted<UnixStream> {
         let (socket, closers) = (self.socket.take(), self.closers.take());
-        Accepted { socket, closers, family: self.family, place: None }
+        Accepted { socket, closers, family: self.family, place: None, asked_later: self.asked_later.take() }
     }
 }
 
@@ -192,15 +205,23 @@ impl<S: AcceptedSocket, P: Send + 'static> AsFd for Accepted<S, P> {
 
 impl<S: AcceptedSocket, P: Send + 'static> Drop for Accepted<S, P> {
     fn drop(&mut self) {
-        let Some(closers) = self.closers.take() else { return };
         let Some(socket) = self.socket.take() else { return };
-        // Who sends from now on gets EPIPE.
-        if shutdown(socket.as_fd().as_raw_fd(), Shutdown::Read).is_ok() && is_drained(socket.as_fd()) {
+        let asked_later = self.asked_later.take().filter(AskedLater::is_wanted);
+        if let Some(closers) = self.closers.take()
+            // Who sends from now on gets EPIPE.
+            && !(shutdown(socket.as_fd().as_raw_fd(), Shutdown::Read).is_ok() && is_drained(socket.as_fd()))
+        {
+            let place = self.place.take().map(|place| -> HeldPlace { Box::new(place) });
+            if let Some(socket) = socket.into_fd() {
+                closers.close(socket, self.family, place);
+            }
             return;
         }
-        let place = self.place.take().map(|place| -> HeldPlace { Box::new(place) });
-        if let Some(socket) = socket.into_fd() {
-            closers.close(socket, self.family, place);
+        if let Some(after) = asked_later
+            && shutdown(socket.as_fd().as_raw_fd(), Shutdown::Both).is_ok()
+            && let Some(socket) = socket.into_fd()
+        {
+            after.leave(socket);
         }
     }
 }

@@ -46,7 +46,7 @@ use nix::{
 };
 
 use super::{
-    credentials::{Credentials, KeyResolver, Process},
+    credentials::{Credentials, KeyResolver, PlaceUnread},
     pod::{ContainerId, PodPlace, PodUid},
 };
 use crate::limits::caller::CallerKey;
@@ -526,10 +526,11 @@ impl KeyResolver for PodOrUid {
         (!visible || !self.looks_for_pods()).then(|| CallerKey::Uid(credentials.uid.as_raw()))
     }
 
-    fn place_of_process(&self, credentials: &Credentials, process: &Process) -> Option<PodPlace> {
-        let place = self.place_of(credentials.pid)?;
-        // Asked after the read: it lives now, so what was read was its own.
-        (!process.has_exited()).then_some(place)
+    fn place_of_process(&self, credentials: &Credentials) -> Result<Option<PodPlace>, PlaceUnread> {
+        let Some(root) = &self.kubelet else { return Ok(None) };
+        let mut buffer = [0; LIMIT];
+        let text = read_cgroup(&self.of(credentials.pid), &mut buffer).ok_or(PlaceUnread)?;
+        Ok(find(text, root).map(|found| found.place))
     }
 }
 

@@ -45,7 +45,12 @@ use crate::{
         peer_groups::{ConnectedGroups, connected_groups},
         pidfd::{Owner, Pidfd},
     },
-    peer::{given::GivenLately, pod::PodPlace, slot::PeerSlot},
+    peer::{
+        given::GivenLately,
+        pins::{AskedLater, EndedConnections},
+        pod::PodPlace,
+        slot::PeerSlot,
+    },
 };
 
 /// What the kernel recorded when the peer called `connect()` (`SO_PEERCRED`), as seen from the agent's namespaces.
@@ -182,11 +187,17 @@ pub trait KeyResolver: Send + Sync {
     /// The key where the credentials alone decide it. A connection that is refused then costs no pidfd.
     fn key_of_user(&self, credentials: &Credentials) -> Option<CallerKey>;
 
-    /// Where they do not, the pod: it is the key, and the OS UID where there is none. Must answer fast (it runs in the
-    /// accept loop) and never fails: every doubt means `None`. What was read under /proc counts only if
-    /// [`Process::has_exited`] is still `false` afterwards.
-    fn place_of_process(&self, credentials: &Credentials, process: &Process) -> Option<PodPlace>;
+    /// Where they do not, the pod: it is the key, and the OS UID where there is none. Must answer fast: it runs in the accept loop.
+    /// What was read under /proc counts only if the process lives afterwards, which who asks finds out.
+    ///
+    /// # Errors
+    /// [`PlaceUnread`]: every doubt.
+    fn place_of_process(&self, credentials: &Credentials) -> Result<Option<PodPlace>, PlaceUnread>;
 }
+
+/// Nothing can be read of a process: most likely it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlaceUnread;
 
 /// Charges the user: what holds where there is no Kubernetes. Opens nothing.
 #[derive(Clone, Copy, Debug, Default)]
@@ -197,8 +208,8 @@ impl KeyResolver for OsUid {
         Some(CallerKey::Uid(credentials.uid.as_raw()))
     }
 
-    fn place_of_process(&self, _credentials: &Credentials, _process: &Process) -> Option<PodPlace> {
-        None
+    fn place_of_process(&self, _credentials: &Credentials) -> Result<Option<PodPlace>, PlaceUnread> {
+        Ok(None)
     }
 }
 
@@ -213,7 +224,18 @@ pub struct Arrival {
     place: Option<PodPlace>,
     /// `None` until it is let in, where the key did not need it.
     process: Option<Process>,
-    is_shown: bool,
+    asked: Asked,
+}
+
+/// Whether a process was asked after to find out whom to charge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    /// There was no need.
+    Needless,
+    /// It might not be.
+    MightNot,
+    /// What was read is its own if it lives.
+    Read,
 }
 
 impl Arrival {
@@ -237,24 +259,41 @@ impl Arrival {
     ) -> Result<Self, CredentialsError> {
         let credentials = Credentials::of(stream)?;
         let user = CallerKey::Uid(credentials.uid.as_raw());
-        let known = keys.key_of_user(&credentials).or_else(|| (!may_be(user)).then_some(user));
-        if let Some(caller) = known {
-            return Ok(Self { credentials, caller, place: None, process: None, is_shown: false });
+        let of_user = |caller, asked| Self { credentials, caller, place: None, process: None, asked };
+        if let Some(caller) = keys.key_of_user(&credentials) {
+            return Ok(of_user(caller, Asked::Needless));
         }
-        let process = Process::of(stream, &credentials)?;
-        let place = keys.place_of_process(&credentials, &process);
-        // Whose it was cannot be found out any more, and nothing may be answered to it. Charged to its user
-        // it would let a pod spend what the user of that number on the node has.
-        if process.has_exited() {
-            return Err(CredentialsError::Gone { pid: credentials.pid });
+        if !may_be(user) {
+            return Ok(of_user(user, Asked::MightNot));
         }
+        // The kernel makes no name of one that is refused: its pidfd says later whether what is read now is its own.
+        let mut process = None;
+        let mut read = Err(PlaceUnread);
+        if peer_pidfd_is_of_the_peer() {
+            read = keys.place_of_process(&credentials);
+        }
+        if read.is_err() {
+            let held = process.insert(Process::of(stream, &credentials)?);
+            read = keys.place_of_process(&credentials);
+            // Whose it was cannot be found out any more, and nothing may be answered to it. Charged to its user
+            // it would let a pod spend what the user of that number on the node has.
+            if held.has_exited() {
+                return Err(CredentialsError::Gone { pid: credentials.pid });
+            }
+        }
+        let place = read.unwrap_or_default();
         let caller = place.map_or(user, |place| CallerKey::Pod(place.pod));
-        Ok(Self { credentials, caller, place, process: Some(process), is_shown: true })
+        Ok(Self { credentials, caller, place, process, asked: Asked::Read })
     }
 
-    /// Whether the kernel was asked after the process, of which it made [names](crate::limits::names), before it was let in.
+    /// Whether something was read of the process, of which the kernel made [names](crate::limits::names), before it was let in.
     pub fn is_shown(&self) -> bool {
-        self.is_shown
+        self.asked == Asked::Read
+    }
+
+    /// Whether it is not known whom to charge, as it might not be asked: it can only be refused.
+    pub(super) fn is_unknown(&self) -> bool {
+        self.asked == Asked::MightNot
     }
 
     /// Whom the connection is charged to.
@@ -296,11 +335,14 @@ impl Arrival {
     /// # Errors
     /// [`CredentialsError`] when there is nothing to hold on to: the connection must be closed.
     pub fn let_in(self, stream: &impl AsFd) -> Result<Peer, CredentialsError> {
-        let Self { credentials, caller, place, process, .. } = self;
+        let Self { credentials, caller, place, process, asked } = self;
         let process = match process {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
+        if asked == Asked::Read && process.has_exited() {
+            return Err(CredentialsError::Gone { pid: credentials.pid });
+        }
         Ok(Peer { place, groups: connected_groups(stream), ..Peer::new(credentials, caller, process) })
     }
 
@@ -452,12 +494,16 @@ impl Peer {
                 };
                 match told {
                     Ok(Some(owner)) => owner,
-                    Ok(None) => owner_by_proc(pid, pidfd)?,
+                    Ok(None) => {
+                        self.is_read();
+                        owner_by_proc(pid, pidfd)?
+                    }
                     Err(Errno::ESRCH) => return Err(PeerGone::Exited),
                     Err(errno) => return Err(PeerGone::Unknown { source: errno.into() }),
                 }
             }
             Process::OpenedPidfd { pidfd, start_time } => {
+                self.is_read();
                 let now = start_time_of(pid);
                 let owner = owner_by_proc(pid, pidfd)?;
                 match now {
@@ -490,6 +536,13 @@ impl Peer {
         self.holding.get()
     }
 
+    /// Something of its process is read in `/proc`, of which the kernel makes [names](crate::limits::names).
+    pub(crate) fn is_read(&self) {
+        if let Some(holding) = self.holding() {
+            holding.reads_process(self.pid().as_raw());
+        }
+    }
+
     /// Its connection is to end. The streams that rest on it have to be woken for it.
     pub(super) fn send_away(&self) {
         self.sent_away.store(true, Relaxed);
@@ -499,6 +552,12 @@ impl Peer {
     /// to a stream is polled when this changes.
     pub fn is_sent_away(&self) -> bool {
         self.sent_away.load(Relaxed)
+    }
+
+    /// How to find out, once its connection has ended, whether somebody holds what the kernel made of the process for it.
+    pub(super) fn asked_later(&self, ended: &Arc<EndedConnections>) -> Option<AskedLater> {
+        let Process::PeerPidfd(pidfd) = &self.process else { return None };
+        Some(AskedLater { ended: Arc::clone(ended), pidfd: pidfd.descriptor(), caller: self.caller })
     }
 
     /// Waits until the process has ended; for ever when the agent cannot see it. Watching costs an epoll

@@ -226,6 +226,23 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             Err(error) => return Err(self.not_identified(stream, error, now)),
         };
         stream.belongs_to(|| self.gate.family(&arrival));
+        if arrival.is_shown() {
+            self.gate.was_asked_after(&arrival);
+        }
+        let arrival = if arrival.is_unknown() {
+            // Room may have come.
+            if let Err(why) = self.gate.admit_connection(&arrival, Attempt::Only).map(drop) {
+                let family = self.gate.family(&arrival);
+                self.turn_away(stream, family, &arrival, why, now);
+                return Err(NotTaken::Refused(why));
+            }
+            match Arrival::at(&stream, &*self.keys) {
+                Ok(arrival) => arrival,
+                Err(error) => return Err(self.not_identified(stream, error, now)),
+            }
+        } else {
+            arrival
+        };
         self.decide(stream, None, RoomWaiter::new(arrival, now), now)
     }
 
@@ -365,6 +382,10 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         };
         let holding = G::holding(&permit);
         peer.holds(&holding);
+        let mut stream = stream;
+        if let Some(after) = peer.asked_later(&self.stats.ended) {
+            stream.ask_later(after);
+        }
         // Only now does the runtime hear of it.
         let stream = stream.admit(permit)?;
         let InForce { bounds, http2 } = &self.in_force;

@@ -5,12 +5,14 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use super::{end::ConnectionEnd, sent_frames::Http2Error};
+use super::{end::ConnectionEnd, pins::EndedConnections, sent_frames::Http2Error};
 use crate::{limits::ConnectionRefusal, telemetry::registry::By};
 
 /// What a listener has counted. Read at any time, from any thread.
 #[derive(Debug, Default)]
 pub struct ConnectionStats {
+    /// Those that have ended, of which it is found out what the kernel keeps.
+    pub ended: Arc<EndedConnections>,
     accepted: AtomicU64,
     open: AtomicU64,
     parked: AtomicU64,

@@ -105,6 +105,7 @@ impl Discovery {
     }
 
     async fn look(&self, seen: &Seen<'_>) -> Result<Executable, ExecutableError> {
+        seen.process.is_read();
         let place = TaskPlace { kind: TaskKind::Text, family: seen.family, device: None };
         let (family, unlisted) = (seen.family, Arc::clone(&self.unlisted));
         on_thread(&self.threads, place, &seen.dir, move |dir| Executable::of(dir, family, &unlisted)).await
