@@ -67,7 +67,8 @@ impl AcceptGate for AuditedGate {
     }
 
     fn was_asked_after(&self, arrival: &Arrival) {
-        self.gate.was_asked_after(arrival.caller(), arrival.credentials().pid.as_raw());
+        let Credentials { uid, pid, .. } = arrival.credentials();
+        self.gate.was_asked_after(CallerKey::Uid(uid.as_raw()), arrival.caller(), pid.as_raw());
     }
 
     fn admit_connection(
@@ -84,6 +85,9 @@ impl AcceptGate for AuditedGate {
 
     fn begins(&self, place: &mut PlaceAtGate, arrival: &Arrival, socket: BorrowedFd<'_>) {
         let Credentials { uid, gid, .. } = arrival.credentials();
+        if arrival.is_shown() {
+            self.gate.asked_after_is_let_in(CallerKey::Uid(uid.as_raw()));
+        }
         let groups = || {
             let mut groups = peer_groups(&socket)?;
             groups.push(gid.as_raw());

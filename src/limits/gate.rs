@@ -346,10 +346,18 @@ impl Gate {
         })
     }
 
-    /// The process with this number was looked at in `/proc` to find out that it is this caller's.
-    pub fn was_asked_after(&self, caller: CallerKey, pid: i32) {
-        let group = self.family_of(caller);
-        self.shared.state().accounts.reads_process(caller, group, pid);
+    /// The process with this number, of a `user`, was read in `/proc` to find out that it is this caller's.
+    pub fn was_asked_after(&self, user: CallerKey, caller: CallerKey, pid: i32) {
+        let [of_user, group] = [user, caller].map(|caller| self.family_of(caller));
+        let mut state = self.shared.state();
+        state.accounts.reads_process(caller, group, pid);
+        state.accounts.reads_in_vain(user, of_user);
+    }
+
+    /// It is let in.
+    pub fn asked_after_is_let_in(&self, user: CallerKey) {
+        let of_user = self.family_of(user);
+        self.shared.state().accounts.read_not_in_vain(of_user);
     }
 
     /// Whether somebody may hold some.
@@ -363,15 +371,15 @@ impl Gate {
         self.shared.state().accounts.found_names(caller, group, held, unknown);
     }
 
-    /// Whether further processes of `user` may be asked after before they are let in: not while memory is short, and what the kernel
-    /// keeps of earlier ones is more than a share.
+    /// Whether further processes of `user` may be read before they are let in: not while memory is short, and as many were in vain as
+    /// make a part of it that only one who holds something has.
     pub fn may_show_processes(&self, user: CallerKey) -> bool {
         if !self.room().is_short(Short::Memory) {
             return true;
         }
         let group = self.family_of(user);
         let state = self.shared.state();
-        state.accounts.names_of(group) < state.bytes.share()
+        state.accounts.read_in_vain(group) < state.bytes.whole / budget::SHARES
     }
 
     /// The kernel keeps so many bytes of the [names](super::names) of callers' processes.

@@ -269,6 +269,8 @@ pub(super) struct HeldNames {
     /// What it may be at most: of names that somebody holds, and of processes that were read.
     pub(super) pinned: AtomicU64,
     pub(super) read: AtomicU64,
+    /// Of processes that were read to find out whom to charge, and were not let in.
+    pub(super) in_vain: AtomicU64,
     lately: [[AtomicI32; 2]; 8],
 }
 
@@ -292,7 +294,7 @@ impl HeldNames {
 
     /// Whether it may never be anything.
     pub(super) fn are_nothing(&self) -> bool {
-        [&self.bytes, &self.pinned, &self.read].iter().all(|bytes| bytes.load(Relaxed) == 0)
+        [&self.bytes, &self.pinned, &self.read, &self.in_vain].iter().all(|bytes| bytes.load(Relaxed) == 0)
     }
 }
 

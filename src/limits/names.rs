@@ -59,6 +59,11 @@ impl Accounts {
                 own.fetch_sub(goes, Relaxed);
                 part(held, before, all)
             });
+            let in_vain = names.in_vain.load(Relaxed);
+            let goes = part(read.saturating_sub(of_read), in_vain, read.max(1)).div_ceil(READ_FADES);
+            names
+                .in_vain
+                .fetch_sub(if in_vain <= LITTLE && of_read < read { in_vain } else { goes }, Relaxed);
             account.held.set_names(holds.iter().sum(), &self.node);
         }
     }
@@ -68,6 +73,26 @@ impl Accounts {
         if let Some(account) = self.remembered(caller, group) {
             account.held.names.reads_process(pid);
         }
+    }
+
+    /// A process of a user was read to find out whom to charge for its connection, which is not let in yet.
+    pub(super) fn reads_in_vain(&mut self, user: CallerKey, group: u64) {
+        if let Some(account) = self.remembered(user, group) {
+            account.held.names.in_vain.fetch_add(OF_PROCESS, Relaxed);
+        }
+    }
+
+    /// It is let in.
+    pub(super) fn read_not_in_vain(&self, group: u64) {
+        if let Some(account) = self.groups.get(&group) {
+            let less = |in_vain: u64| Some(in_vain.saturating_sub(OF_PROCESS));
+            let _before = account.held.names.in_vain.fetch_update(Relaxed, Relaxed, less);
+        }
+    }
+
+    /// Bytes of names, at most, of processes of a user that were read in vain.
+    pub(super) fn read_in_vain(&self, group: u64) -> u64 {
+        self.groups.get(&group).map_or(0, |account| account.held.names.in_vain.load(Relaxed))
     }
 
     /// Somebody holds the names of so many processes of a caller; of so many it is not known.
@@ -163,6 +188,27 @@ mod tests {
         let [first, second, _] = held(&accounts);
         assert!(first > 3900, "{first}");
         assert!(second <= 8, "{second}");
+    }
+
+    #[test]
+    fn what_was_read_in_vain_counts_until_the_kernel_keeps_less() {
+        let mut accounts = accounts();
+        for pid in 1..101 {
+            accounts.reads_process(CallerKey::Pod([1; 16]), 1, pid);
+            accounts.reads_in_vain(CallerKey::Uid(2), 2);
+        }
+        for _ in 0..10 {
+            accounts.read_not_in_vain(2);
+        }
+        for _ in 0..1000 {
+            accounts.names_are(exactly(200));
+        }
+        assert_eq!((held(&accounts), accounts.read_in_vain(2)), ([200, 0, 0], 90 * OF_PROCESS));
+        for _ in 0..1000 {
+            accounts.names_are(exactly(20));
+        }
+        assert_eq!(held(&accounts), [20, 0, 0]);
+        assert!(accounts.read_in_vain(2) <= 20 * KIB, "{}", accounts.read_in_vain(2));
     }
 
     #[test]
