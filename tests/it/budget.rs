@@ -2,15 +2,18 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::{fs::PermissionsExt as _, net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
     time::Duration,
 };
 
-use durward::{api::proto::workload::JwtsvidRequest, os::cgroup};
-use nix::unistd::geteuid;
+use durward::{
+    api::proto::workload::JwtsvidRequest,
+    os::{cgroup, pidfd::Pidfd},
+};
+use nix::unistd::{Pid, geteuid};
 
 use crate::{
     frames::{PREFACE, SETTINGS, call_frames, frame, message},
@@ -344,33 +347,31 @@ fn fetch_as(place: &Place, uid: u32) -> Output {
     command.arg(place.dir().join("api.sock")).current_dir("/").uid(uid).gid(uid).output().unwrap()
 }
 
-/// Processes that live on, which end with this.
-struct Sleepers(Vec<std::process::Child>);
-
-impl Sleepers {
-    fn add(&mut self, count: usize) -> Vec<String> {
-        let more = (0..count).map(|_| Command::new("sleep").arg("600").spawn().unwrap());
-        let from = self.0.len();
-        self.0.extend(more);
-        self.0[from..].iter().map(|child| format!("/proc/{}", child.id())).collect()
-    }
+/// A process of another user that has connected, until it is let go.
+fn connects(place: &Place, uid: u32) -> std::process::Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "budget::part_that_connects", "--nocapture"]).current_dir("/").uid(uid).gid(uid);
+    command.env("DURWARD_TEST_CONNECTS", place.dir().join("api.sock"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
 }
 
-impl Drop for Sleepers {
-    fn drop(&mut self) {
-        for child in &mut self.0 {
-            drop(child.kill());
-            drop(child.wait());
-        }
-    }
+/// What [`connects`] runs; nothing when the tests run.
+#[test]
+fn part_that_connects() {
+    let Some(socket) = std::env::var_os("DURWARD_TEST_CONNECTS") else { return };
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).unwrap();
+    stream.read_exact(&mut [0; 9]).unwrap();
+    println!("it is let in");
+    drop(std::io::stdin().read(&mut [0]));
 }
 
-/// What the kernel keeps of the names of processes is charged to the agent, and held by those whose processes came meanwhile: who holds
-/// more than its share of it gets no further connection, and takes nobody's place.
+/// What the kernel keeps of a process for the agent is held by the family of whoever that is of, once somebody else has it open; and
+/// by nobody whose processes come and go meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn names_that_the_kernel_keeps_are_held_by_those_whose_processes_came() {
-    const NAMES: u64 = 14 << 20;
+async fn names_that_somebody_has_open_are_held_by_those_whose_processes_they_are_of() {
     const HOLDER: u32 = 700_099;
+    const AT_ONCE: usize = 25;
     if !geteuid().is_root() {
         println!("only root can be others");
         return;
@@ -379,41 +380,39 @@ async fn names_that_the_kernel_keeps_are_held_by_those_whose_processes_came() {
     let place = Place::with("");
     let mut agent = Process::spawn_by(&cgroup.enter(), place.dir());
     drop(agent.serving(place.dir()).await);
-    let (before, mut sleepers) = (cgroup.kernel(), Sleepers(Vec::new()));
-    let mut refused = None;
-    while cgroup.kernel() < before + NAMES && refused.is_none() {
-        // It has no entry, and is told so while it is let in.
-        let told = text(&fetch_as(&place, HOLDER));
-        refused = told.contains("memory").then_some(told);
-        let looked_up = sleepers.add(4);
-        assert!(sleepers.0.len() < 2000, "{before} bytes, and now {}", cgroup.kernel());
-        let [program, rest @ ..] = cgroup.enter();
-        let mut find = Command::new(program);
-        find.args(rest).arg("find").args(looked_up).args(["-maxdepth", "3"]);
-        let output = find.output().unwrap();
-        assert!(!output.stdout.is_empty(), "{}", text(&output));
-    }
-    let filled = std::time::Instant::now();
-    // Memory is looked at every quarter of a second, or every second while nobody calls.
-    while filled.elapsed() < Duration::from_secs(2) {
+    let (mut pins, before) = (Vec::new(), cgroup.kernel());
+    let is_held = |limits: &str| {
+        limits.lines().any(|line| line.starts_with(&format!("uid:{HOLDER} ")) && line.contains("KiB"))
+    };
+    loop {
+        let mut children: Vec<_> = (0..AT_ONCE).map(|_| connects(&place, HOLDER)).collect();
+        for child in &mut children {
+            let mut said = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+            assert!(said.any(|line| line.ends_with("it is let in")), "{}", place.log());
+            pins.push(Pidfd::open(Pid::from_raw(child.id().try_into().unwrap())).unwrap());
+        }
+        for mut child in children {
+            drop(child.stdin.take());
+            child.wait().unwrap();
+        }
         let output = fetch_as(&place, NEIGHBOUR);
-        assert!(output.status.success(), "{}\n{}", text(&output), place.ask(&["limits"]));
-        let told = text(&fetch_as(&place, HOLDER));
-        refused = refused.or_else(|| told.contains("memory").then_some(told));
-    }
-    let limits = place.ask(&["limits"]);
-    let is_held = |line: &str| line.starts_with(&format!("uid:{HOLDER} ")) && line.contains("KiB");
-    assert!(limits.lines().any(is_held), "{limits}");
-    if cgroup.kernel() < before + NAMES / 2 && refused.is_none() {
-        println!("the kernel dropped them by itself: that their holder is refused was not seen");
-    } else {
-        let told = refused.expect("it is refused");
-        assert!(told.contains("this caller holds its share of it"), "{told}");
+        assert!(output.status.success(), "{}", text(&output));
+        if pins.len() > 400 && cgroup.kernel() < before + (128 << 10) {
+            println!("this kernel keeps nothing of a pidfd");
+            return;
+        }
+        let limits = place.ask(&["limits"]);
+        if is_held(&limits) {
+            let of_neighbour = format!("uid:{NEIGHBOUR} ");
+            assert!(
+                !limits.lines().any(|line| line.starts_with(&of_neighbour) && line.contains("MiB")),
+                "{limits}"
+            );
+            break;
+        }
+        assert!(pins.len() < 5000, "{limits}");
     }
     assert!(!agent.has_ended(), "{}", place.log());
-    // What nobody holds any more is nobody's.
-    drop(sleepers);
-    let _within = place.told(&["limits"], "pressure: none");
 }
 
 /// Of a reserve that is larger than memory has room for less counts, and whoever looks hears how much.
