@@ -29,6 +29,9 @@ const READ_AGAIN_AFTER: Duration = Duration::from_millis(50);
 /// How long a connection that was told to end may take for it.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// How often one looks, as the agent ends, whether what the agent does for it is done.
+const DRAIN_TICK: Duration = Duration::from_millis(250);
+
 /// How long one that was told to come back may take for it: what is being answered is.
 const LEAVE: Duration = Duration::from_secs(3);
 
@@ -40,30 +43,12 @@ enum Farewell {
     /// To end with the last of its requests: one that crosses it is served to its end.
     Said { why: ConnectionEnd, since: Instant },
     /// The same, since the agent ends. What the agent has to do is done as long as the drain lasts; for the peer nobody waits
-    /// longer than a farewell takes, since others cannot connect meanwhile, nor for what it asks after it was told.
-    Drains { since: Instant },
+    /// longer than a farewell takes in all, since others cannot connect meanwhile, nor for what it asks after it was told.
+    Drains,
     /// To come back on another. At `cut_at` it is cut, whatever it has then.
     SentAway { why: ConnectionEnd, cut_at: Instant },
     /// That it is not heard any more, and to end. At `cut_at` it is cut, whatever it has then.
     Unheard { cut_at: Instant },
-}
-
-impl Farewell {
-    /// Since when nothing is waited for but its end, if that is so: a farewell later it is cut.
-    fn waits_no_more(self, look: Look) -> Option<Instant> {
-        let told = match self {
-            Self::Said { since, .. } | Self::Drains { since } => since,
-            Self::Unsaid | Self::SentAway { .. } | Self::Unheard { .. } => return None,
-        };
-        let done = match (self, look) {
-            (_, Look::NoRequestYet) => told,
-            (_, Look::Idle { since }) => since,
-            (Self::Drains { .. }, Look::Busy { for_peer, .. }) => for_peer?,
-            (Self::Drains { .. }, Look::Open) => told,
-            (_, Look::Busy { .. } | Look::Open) => return None,
-        };
-        Some(done.max(told))
-    }
 }
 
 /// What is to be done with a connection.
@@ -139,23 +124,21 @@ impl Course {
         let look = self.turns.look();
         (self.read_again, self.read_again_at) = (now, self.read_again_at.filter(|at| now < *at));
         let enough = self.pauses.go_on(now);
-        if let Farewell::Unheard { cut_at } | Farewell::SentAway { cut_at, .. } = self.farewell {
-            return match self.why() {
-                Some(why) if now >= cut_at => Verdict::Cut(why),
-                _ => Verdict::GoesOn,
-            };
-        }
-        if enough && !self.drains() {
-            return self.send_away(ConnectionEnd::Wasteful, now);
-        }
-        if let (Some(since), Some(why)) = (self.farewell.waits_no_more(look), self.why())
-            && now >= since + FAREWELL
+        if let (Some(cut_at), Some(why)) = (self.cut_at(look), self.why())
+            && now >= cut_at
         {
             return Verdict::Cut(why);
         }
+        match self.farewell {
+            Farewell::Unheard { .. } | Farewell::SentAway { .. } => return Verdict::GoesOn,
+            Farewell::Unsaid | Farewell::Said { .. } if enough => {
+                return self.send_away(ConnectionEnd::Wasteful, now);
+            }
+            Farewell::Unsaid | Farewell::Said { .. } | Farewell::Drains => {}
+        }
         let due = match look {
             Look::NoRequestYet => (now >= self.handshake_by).then_some(ConnectionEnd::HandshakeTimeout),
-            Look::Busy { since, .. } if now >= since + self.bounds.stall_timeout => {
+            Look::Busy { since } if now >= since + self.bounds.stall_timeout => {
                 return Verdict::Cut(ConnectionEnd::Stalled);
             }
             Look::Idle { since } => self
@@ -187,18 +170,28 @@ impl Course {
             (Look::Idle { since }, Some(idle)) => next = next.min((since + idle).max(now + WATCH_AFTER)),
             _ => {}
         }
-        match (self.farewell, self.farewell.waits_no_more(look)) {
-            (Farewell::SentAway { cut_at, .. } | Farewell::Unheard { cut_at }, _) => next.min(cut_at),
-            (_, Some(since)) => next.min(since + FAREWELL),
-            (Farewell::Drains { .. }, None) => next.min(now + FAREWELL),
-            (Farewell::Unsaid | Farewell::Said { .. }, None) => next,
+        match self.cut_at(look) {
+            Some(cut_at) => next.min(cut_at),
+            None if self.drains() => next.min(now + DRAIN_TICK),
+            None => next,
+        }
+    }
+
+    /// When it is cut, if nothing comes between.
+    fn cut_at(&self, look: Look) -> Option<Instant> {
+        match (self.farewell, look) {
+            (Farewell::SentAway { cut_at, .. } | Farewell::Unheard { cut_at }, _) => Some(cut_at),
+            (Farewell::Drains, _) => self.turns.peer_has_until(),
+            (Farewell::Said { since, .. }, Look::NoRequestYet) => Some(since + FAREWELL),
+            (Farewell::Said { since, .. }, Look::Idle { since: idle }) => Some(since.max(idle) + FAREWELL),
+            (Farewell::Said { .. }, Look::Busy { .. } | Look::Open) | (Farewell::Unsaid, _) => None,
         }
     }
 
     /// The agent drains: it is told to end with the last of its requests.
     pub(super) fn drain(&mut self, now: Instant) -> Verdict {
-        self.turns.end_begins();
-        self.farewell = Farewell::Drains { since: now };
+        self.turns.end_begins(now, FAREWELL);
+        self.farewell = Farewell::Drains;
         Verdict::SayFarewell
     }
 
@@ -231,14 +224,14 @@ impl Course {
 
     /// Whether it was told that the agent drains.
     pub(super) fn drains(&self) -> bool {
-        matches!(self.farewell, Farewell::Drains { .. })
+        matches!(self.farewell, Farewell::Drains)
     }
 
     fn why(&self) -> Option<ConnectionEnd> {
         match self.farewell {
             Farewell::Unsaid => None,
             Farewell::Said { why, .. } | Farewell::SentAway { why, .. } => Some(why),
-            Farewell::Drains { .. } => Some(ConnectionEnd::Drained),
+            Farewell::Drains => Some(ConnectionEnd::Drained),
             Farewell::Unheard { .. } => Some(ConnectionEnd::AnotherWriter),
         }
     }
@@ -261,8 +254,12 @@ impl Course {
 
 #[cfg(test)]
 mod tests {
+    use std::task::{Context, Waker};
+
+    use tokio::time::{sleep, sleep_until};
+
     use super::*;
-    use crate::peer::turns::Turn;
+    use crate::peer::turns::{Part, Turn, Upload};
 
     fn course(turns: &Arc<Turns>, born: Instant, handshake_by: Instant) -> Course {
         Course::new(&Arc::default(), turns, turns.pauses(), born, handshake_by)
@@ -352,6 +349,75 @@ mod tests {
                 assert_eq!(course.look(ended + FAREWELL), Verdict::Cut(ConnectionEnd::Drained), "{case}");
             }
             drop((upload, request, others));
+        }
+    }
+
+    /// Whatever a peer does one after the other, it has a second for all of it; what the agent does meanwhile takes none of that.
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_waits_for_all_steps_of_a_peer_as_long_as_for_one() {
+        const GAP: Duration = Duration::from_millis(300);
+        #[derive(Clone, Copy)]
+        enum Step {
+            /// Sends the rest of a request.
+            Completes,
+            /// Reads answers until another may be made.
+            Reads,
+        }
+        for (case, step, work, cut) in [
+            ("it completes requests", Step::Completes, 0, 1_000),
+            ("those take a while, and the third is too late", Step::Completes, 90, 1_180),
+            ("the first takes long, and the second is too late", Step::Completes, 2_000, 3_000),
+            ("it reads answers", Step::Reads, 0, 1_000),
+            ("the next ones take a while", Step::Reads, 90, 1_270),
+        ] {
+            let turns = Arc::new(Turns::default());
+            let start = Instant::now();
+            let mut course = course(&turns, start, start + TICK);
+            let mut requests: Vec<(Turn, Upload)> = (0..20)
+                .map(|_| {
+                    let turn = Turn::begin(&turns);
+                    let upload = turn.upload();
+                    (turn, upload)
+                })
+                .collect();
+            let cx = || Context::from_waker(Waker::noop());
+            let answer = |mut turn: Turn| (turn.part(vec![0; 10_000].into()), turn);
+            let mut unread: Vec<(Part, Turn)> = Vec::new();
+            match step {
+                Step::Completes => requests.iter_mut().for_each(|(_, upload)| upload.waits(10).unwrap()),
+                Step::Reads => {
+                    while requests[0].0.poll_begin(&cx()).is_ready() {
+                        unread.push(answer(requests.remove(0).0));
+                    }
+                }
+            }
+            course.drain(start);
+            let ends = async {
+                loop {
+                    sleep_until(course.next_look(Instant::now())).await;
+                    if let Verdict::Cut(why) = course.look(Instant::now()) {
+                        return (why, start.elapsed());
+                    }
+                }
+            };
+            let steps = async {
+                for (mut turn, mut upload) in requests {
+                    sleep(GAP).await;
+                    while turn.poll_begin(&cx()).is_pending() {
+                        drop(unread.remove(0));
+                    }
+                    assert!(upload.poll_goes_on(&cx()).is_ready(), "{case}");
+                    upload.ends();
+                    sleep(Duration::from_millis(work)).await;
+                    unread.push(answer(turn));
+                }
+                panic!("{case}: it was waited for");
+            };
+            let ended = tokio::select! {
+                ended = ends => ended,
+                ended = steps => ended,
+            };
+            assert_eq!(ended, (ConnectionEnd::Drained, Duration::from_millis(cut)), "{case}");
         }
     }
 

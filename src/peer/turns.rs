@@ -6,6 +6,7 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
@@ -44,8 +45,8 @@ struct TurnSlots {
     last_ended: Option<Instant>,
     /// Requests that have begun.
     begun: u64,
-    /// How many of them may hold up the end of the agent, once it ends.
-    in_time: Option<u64>,
+    /// Once the agent ends.
+    peers_time: Option<PeersTime>,
     /// Bytes of requests that are not complete.
     uploads: u64,
     unsent: Unsent,
@@ -53,11 +54,24 @@ struct TurnSlots {
     pinned: u64,
 }
 
+/// What the peer has of time as the agent ends, to send the rest of its requests and to read their answers. It has it once, and not
+/// anew with each step that it takes: else it would hold up the end as long as it likes.
+#[derive(Debug)]
+struct PeersTime {
+    left: Duration,
+    /// It runs since then, as the agent has nothing to do itself.
+    runs_since: Option<Instant>,
+    /// A request that is not whole by then is waited for no longer.
+    whole_by: Instant,
+}
+
 /// One request: free once its answer has ended and every part of it has left for the kernel.
 #[derive(Debug)]
 struct TurnSlot {
     /// Which request of the connection it is.
     call: u64,
+    /// It may hold up the end of the agent.
+    in_time: bool,
     /// Its answer has not ended.
     open: bool,
     /// The answer has nothing to send for now: a stream that waits for news.
@@ -89,9 +103,9 @@ impl TurnSlot {
         (self.parts > 0 || served).then_some(self.moved)
     }
 
-    /// Whether its peer has to send or to read something before anything can be done for it.
-    fn awaits_peer(&self) -> bool {
-        self.parts > 0 || self.awaits_rest
+    /// Whether it is for the agent to do what comes next.
+    fn awaits_agent(&self) -> bool {
+        self.open && !self.rests && !self.waits && !self.awaits_rest && self.parts == 0
     }
 
     /// The buffer of its body takes so much from then on, and what it took before no longer.
@@ -114,9 +128,19 @@ impl TurnSlots {
         self.slots.get_mut(at).filter(|slot| slot.call == call && slot.open)
     }
 
-    /// Whether this request may hold up the end of the agent.
-    fn is_in_time(&self, call: u64) -> bool {
-        self.in_time.is_none_or(|last| call <= last)
+    /// Has the peer's time run as long as it is to, after anything that may change that.
+    fn keep_peers_time(&mut self, now: Instant) {
+        let Some(time) = &mut self.peers_time else { return };
+        let mut awaits_agent = false;
+        for slot in &mut self.slots {
+            slot.in_time &= !slot.awaits_rest || now < time.whole_by;
+            awaits_agent |= slot.in_time && slot.awaits_agent();
+        }
+        if !awaits_agent {
+            time.runs_since.get_or_insert(now);
+        } else if let Some(since) = time.runs_since.take() {
+            time.left = time.left.saturating_sub(now.saturating_duration_since(since));
+        }
     }
 
     /// Of the streams that h2 may have had at once, how many are none of the slots.
@@ -173,15 +197,13 @@ pub(super) enum NoRoom {
     OfNode,
 }
 
-/// What the connection's task wants to know. Once the agent ends, what waits and what has ended are looked for among the requests
-/// that may hold that up.
+/// What the connection's task wants to know.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Look {
     NoRequestYet,
-    /// Something waits since then. Where all that waits does so for the peer: since when.
+    /// Something waits since then.
     Busy {
         since: Instant,
-        for_peer: Option<Instant>,
     },
     /// Streams are open, and none waits.
     Open,
@@ -198,20 +220,19 @@ impl Turns {
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut TurnSlots) -> R) -> R {
-        f(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner))
+        let mut turns = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = f(&mut turns);
+        if turns.peers_time.is_some() {
+            turns.keep_peers_time(Instant::now());
+        }
+        result
     }
 
     pub(super) fn look(&self) -> Look {
         self.with(|turns| {
-            let in_time = || turns.slots.iter().filter(|slot| turns.is_in_time(slot.call));
-            let busy = || in_time().filter_map(|slot| Some((slot.waits_since()?, slot)));
-            let waits_since = busy().map(|(since, _)| since).min();
-            match (waits_since, turns.open, turns.last_ended) {
-                (Some(since), ..) => {
-                    let for_peer = busy().all(|(_, slot)| slot.awaits_peer());
-                    let last = busy().map(|(since, _)| since).max();
-                    Look::Busy { since, for_peer: last.filter(|_| for_peer) }
-                }
+            let since = turns.slots.iter().filter_map(TurnSlot::waits_since).min();
+            match (since, turns.open, turns.last_ended) {
+                (Some(since), ..) => Look::Busy { since },
                 (None, 1.., _) => Look::Open,
                 (None, 0, Some(since)) => Look::Idle { since },
                 (None, 0, None) => Look::NoRequestYet,
@@ -219,9 +240,19 @@ impl Turns {
         })
     }
 
-    /// The agent ends: what begins from now on does not hold that up. The first may be on its way to a connection that is new.
-    pub(super) fn end_begins(&self) {
-        self.with(|turns| turns.in_time = Some(turns.begun.max(1)));
+    /// The agent ends: what begins from now on does not hold that up, nor does the peer for longer than `patience` in all. The
+    /// first request may be on its way to a connection that is new.
+    pub(super) fn end_begins(&self, now: Instant, patience: Duration) {
+        self.with(|turns| {
+            let time = PeersTime { left: patience, runs_since: Some(now), whole_by: now + patience };
+            turns.peers_time = Some(time);
+            turns.keep_peers_time(now);
+        });
+    }
+
+    /// Once the agent ends: when the peer has had its time, unless the agent has something to do until then.
+    pub(super) fn peer_has_until(&self) -> Option<Instant> {
+        self.with(|turns| turns.peers_time.as_ref().and_then(|time| Some(time.runs_since? + time.left)))
     }
 
     /// Whether no request has come yet, or the first is on its way. Heads that begin none are not waited for.
@@ -283,11 +314,9 @@ impl Turns {
     fn update_to_its_end(&self, at: usize, change: impl FnOnce(&mut TurnSlots)) {
         self.update(|turns| {
             change(turns);
-            if let Some(call) = turns.slots.get(at).filter(|slot| slot.is_free()).map(|slot| slot.call) {
+            if turns.slots.get(at).is_some_and(TurnSlot::is_free) {
                 turns.open -= 1;
-                if turns.is_in_time(call) {
-                    turns.last_ended = Some(Instant::now());
-                }
+                turns.last_ended = Some(Instant::now());
             }
         });
     }
@@ -411,6 +440,7 @@ impl Turn {
             }
             let new = TurnSlot {
                 call: slots.begun,
+                in_time: slots.peers_time.is_none() || slots.begun == 1,
                 open: true,
                 rests: false,
                 waits,

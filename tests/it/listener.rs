@@ -577,6 +577,59 @@ async fn a_drain_waits_for_no_call_that_begins_later() {
     }
 }
 
+/// Whoever does what is left of its requests one after the other has a second for all of it. Who reads meanwhile is answered.
+#[tokio::test(start_paused = true)]
+async fn a_drain_waits_for_no_chain_of_steps() {
+    const GAP: Duration = Duration::from_millis(300);
+    const CALLS: u32 = 10;
+    let server = Server::start(ConnectionBounds::default());
+    let mut stream = server.connect().await;
+    let no_window = frames::settings(4, 0);
+    let heads = (0..CALLS).flat_map(|nth| {
+        frames::frame(frames::HEADERS, frames::END_HEADERS, 1 + 2 * nth, &frames::block("/a"))
+    });
+    stream.write_all(&[PREFACE.to_vec(), no_window, heads.collect()].concat()).await.unwrap();
+    // Another has an answer of 64 KiB to read, 16 KiB at a time.
+    let (mut send, connection) = h2::client::Builder::new()
+        .initial_window_size(16 * 1024)
+        .handshake::<_, Bytes>(server.connect().await)
+        .await
+        .unwrap();
+    let connection = tokio::spawn(connection);
+    let request = http::Request::post("http://localhost/big").body(()).unwrap();
+    let (answer, _) = send.send_request(request, true).unwrap();
+    let mut body = answer.await.unwrap().into_body();
+    until("all have begun", || server.stats.streams() == u64::from(CALLS)).await;
+
+    let reads = tokio::spawn(async move {
+        let mut read = 0;
+        while let Some(data) = body.data().await {
+            let more = data.unwrap().len();
+            tokio::time::sleep(GAP / 2).await;
+            body.flow_control().release_capacity(more).unwrap();
+            read += more;
+        }
+        read
+    });
+    let completes = tokio::spawn(async move {
+        for nth in 0..CALLS {
+            tokio::time::sleep(GAP).await;
+            let rest = frames::frame(frames::DATA, frames::END_STREAM, 1 + 2 * nth, b"rest");
+            if stream.write_all(&rest).await.is_err() {
+                return nth;
+            }
+        }
+        CALLS
+    });
+    let began = tokio::time::Instant::now();
+    assert_eq!(server.drain().await, Drained { ended: 2, cut: 0 });
+    assert!(began.elapsed() < Duration::from_millis(1_400), "{:?}", began.elapsed());
+    assert_eq!(completes.await.unwrap(), 3, "it was cut between the third and the next");
+    assert_eq!(reads.await.unwrap(), 64 * 1024, "who reads is answered");
+    drop(send);
+    drop(connection.await.unwrap());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_drain_ends() {
     let server = Server::start(ConnectionBounds::default());
