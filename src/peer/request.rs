@@ -80,16 +80,17 @@ impl Body for RequestBody {
                 Err(lack) => Poll::Ready(Some(Err(lack.into()))),
             };
         };
-        let Some(frame) = frame.transpose()? else { return Poll::Ready(None) };
-        let more = frame.data_ref().map_or(0, Bytes::len);
+        let frame = frame.transpose()?;
+        let more = frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
         this.came = this.came.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
         if this.came > this.most {
             return Poll::Ready(Some(Err(BodyError::TooMuch)));
         }
+        // A reset ends it too, and is none of these.
         if this.body.is_end_stream() {
-            this.upload.ends();
+            this.upload.is_read_whole(this.came);
         }
-        Poll::Ready(Some(Ok(frame)))
+        Poll::Ready(frame.map(Ok))
     }
 
     fn is_end_stream(&self) -> bool {

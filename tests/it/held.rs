@@ -44,8 +44,8 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     frames::{
-        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, SETTINGS, block, call_frames,
-        frame, jwt_request, literal, settings,
+        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, block,
+        call_frames, frame, jwt_request, literal, settings,
     },
     listener::guarded,
     support::TestAgent,
@@ -679,6 +679,69 @@ async fn what_a_part_of_a_body_pins_is_held_while_it_waits() {
     })
     .await;
     drop(stream);
+    server.drain().await;
+}
+
+/// Calls with bodies of so many bytes, a few at once, until the caller has to wait for what came to nothing of them. Returns how
+/// many there were, `most` at most.
+async fn calls_at_length(server: &Server, uid: u32, path: &str, bytes: usize, most: u32) -> u32 {
+    server.keeper.caller.store(uid, SeqCst);
+    let (send, holding) = server.client().await;
+    let mut calls = 0;
+    while calls < most && holding.holding.waits().is_none() {
+        let mut at_once = JoinSet::new();
+        for _ in 0..4 {
+            let mut send = send.clone();
+            let request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
+            at_once.spawn(async move {
+                poll_fn(|cx| send.poll_ready(cx)).await.unwrap();
+                let (answer, mut body) = send.send_request(request, false).unwrap();
+                body.send_data(vec![0; bytes].into(), true).unwrap();
+                let mut answer = answer.await.unwrap().into_body();
+                while answer.data().await.is_some_and(|part| part.is_ok()) {}
+            });
+        }
+        calls += 4;
+        at_once.join_all().await;
+    }
+    calls
+}
+
+/// A gateway validates tokens of kilobytes, as many as it likes: what was read to its end and answered is none of what comes to
+/// nothing. What was refused is, and what was reset.
+#[tokio::test(start_paused = true)]
+async fn long_requests_are_waste_where_they_come_to_nothing() {
+    const LONG: usize = 11_000;
+    let server = Server::start();
+    assert_eq!(calls_at_length(&server, 1, "/bytes/1", LONG, 2_000).await, 2_000, "answered");
+    let short = calls_at_length(&server, 2, "/refused", 100, 2_000).await;
+    let long = calls_at_length(&server, 3, "/refused", LONG, 2_000).await;
+    assert!(
+        (500..2_000).contains(&short) && long < short / 4,
+        "refused: {long} long ones, {short} short ones"
+    );
+
+    for (uid, bytes, most) in [(4, LONG, 200), (5, 2_000, 450)] {
+        server.keeper.caller.store(uid, SeqCst);
+        let (stream, holding) = raw(&server, 1 << 16, []).await;
+        let (mut reader, mut writer) = stream.into_split();
+        let reading = tokio::spawn(async move {
+            let mut buffer = vec![0; 1 << 14];
+            while reader.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+        });
+        let mut calls = 0;
+        while holding.holding.waits().is_none() {
+            let number = 1 + 2 * calls;
+            let reset = frame(RST_STREAM, 0, number, &8_u32.to_be_bytes());
+            let head = frame(HEADERS, END_HEADERS, number, &block("/bytes/1"));
+            let call = [head, frame(DATA, 0, number, &vec![0; bytes]), reset].concat();
+            writer.write_all(&call).await.unwrap();
+            calls += 1;
+        }
+        assert!(calls <= most, "{calls} that were reset, of {bytes} bytes");
+        drop(writer);
+        reading.await.unwrap();
+    }
     server.drain().await;
 }
 
