@@ -53,6 +53,21 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What the log says.
+#[derive(Clone, Debug, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Keeps what the connections that it let in hold, each for the caller that the test names.
 #[derive(Debug)]
 struct Keeper {
@@ -746,9 +761,13 @@ async fn long_requests_are_waste_where_they_come_to_nothing() {
 }
 
 /// Frames that ask for nothing come with every request; who sends many of them is read no more for a while, whatever it asks
-/// for beside them, and has to go in the end. Others notice nothing.
+/// for beside them, and has to go in the end, which the log says. Others notice nothing.
 #[tokio::test(start_paused = true)]
 async fn who_sends_frames_that_ask_for_nothing_has_to_go() {
+    let said = Said::default();
+    let lines = said.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || lines.clone()).finish();
+    let _said = tracing::subscriber::set_default(subscriber);
     let server = Server::start();
     let call = |nth: u32| frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &block("/bytes/1"));
     let (stream, _) = raw(&server, 1 << 16, []).await;
@@ -778,6 +797,9 @@ async fn who_sends_frames_that_ask_for_nothing_has_to_go() {
     }
     hostile.await.unwrap();
     server.ended(ConnectionEnd::Wasteful, 1).await;
+    let lines = String::from_utf8(said.0.lock().unwrap().clone()).unwrap();
+    assert!(lines.matches("WARN").count() == 1 && lines.contains("caller=uid:"), "{lines}");
+    assert!(lines.contains("reason=\"wasteful\""), "{lines}");
     reading.await.unwrap();
     drop(neighbour);
     server.drain().await;
