@@ -20,7 +20,7 @@ use tonic::{Code, Status, body::Body};
 
 use super::{guard::GuardedAnswer, journal::Journal, reached::Reached, status::RequestError};
 use crate::{
-    limits::{Limits, Method},
+    limits::{CallerKey, Limits, Method},
     peer::{BodyError, Peer, RequestBody},
     store::audited::AuditedProcess,
 };
@@ -46,9 +46,13 @@ impl CountedHead {
 
     /// It is refused by this error, as the node is short of memory, whatever its caller has tokens for.
     pub(super) fn refuse_for_memory(&self, error: &RequestError) {
+        self.refuse(error, Limits::note_out_of_memory);
+    }
+
+    fn refuse(&self, error: &RequestError, note: impl FnOnce(&Limits, CallerKey, Method)) {
         let Some(caller) = &self.caller else { return };
         self.reached.limits();
-        self.limits.note_out_of_memory(caller.caller(), self.method);
+        note(&self.limits, caller.caller(), self.method);
         self.journal.refused(self.method, Some(AuditedProcess::from(&**caller)), error);
     }
 }
@@ -57,6 +61,9 @@ impl Drop for CountedHead {
     fn drop(&mut self) {
         if self.reached.has_lacked_memory() {
             self.refuse_for_memory(&RequestError::NoMemoryToRead);
+        }
+        if self.reached.was_unfinished() {
+            self.refuse(&RequestError::Unfinished, Limits::note_refused);
         }
         if !self.reached.has_count() {
             self.journal.ended(self.method, self.code.unwrap_or(Code::Cancelled));
@@ -69,7 +76,7 @@ impl Drop for CountedHead {
     }
 }
 
-/// The body of a request, which says where there is no memory for it.
+/// The body of a request, which says where there is no room for it.
 pub(super) struct CountedBody {
     body: RequestBody,
     reached: Reached,
@@ -91,8 +98,10 @@ impl http_body::Body for CountedBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
         let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
-        if matches!(frame, Some(Err(BodyError::NoMemory))) {
-            this.reached.lacks_memory();
+        match &frame {
+            Some(Err(BodyError::NoMemory)) => this.reached.lacks_memory(),
+            Some(Err(BodyError::Unfinished)) => this.reached.is_unfinished(),
+            _ => {}
         }
         Poll::Ready(frame)
     }

@@ -41,6 +41,7 @@ enum Complaint {
     NotSigned,
     NoUpdate,
     Full,
+    Unfinished,
 }
 
 impl Complaint {
@@ -50,6 +51,7 @@ impl Complaint {
             Self::NotSigned => "not_signed",
             Self::NoUpdate => "no_update",
             Self::Full => "full",
+            Self::Unfinished => "unfinished",
         }
     }
 }
@@ -164,6 +166,17 @@ impl Journal {
                     tracing::warn!(method = rpc, caller, pid, reason, error, times, "could not make an SVID");
                 });
             }
+            RequestError::Unfinished => self.complain(by, Complaint::Unfinished, |line| {
+                let AboutCaller { caller, pid, times, .. } = line;
+                tracing::warn!(
+                    method = rpc,
+                    caller,
+                    pid,
+                    times,
+                    "calls are refused, as a connection has begun too many large requests at once: make fewer at once, or on several \
+                     connections"
+                );
+            }),
             RequestError::NoPeer => self.no_peer.say(|left_out| {
                 tracing::error!(method = rpc, left_out, "a call arrived without its caller");
             }),
@@ -376,6 +389,7 @@ mod tests {
                 ("crowded", RequestError::Crowded),
                 ("no_memory", RequestError::NoMemory),
                 ("no_memory", RequestError::NoMemoryToRead),
+                ("unfinished", RequestError::Unfinished),
                 ("not_implemented", RequestError::NoWitSvids),
                 ("not_implemented", RequestError::NoWitBundles),
             ]

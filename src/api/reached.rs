@@ -19,6 +19,8 @@ struct ReachedPoints {
     count: AtomicBool,
     /// There was no memory for what of it was not complete.
     lack: AtomicBool,
+    /// Its connection had too many bytes of what was not complete.
+    unfinished: AtomicBool,
 }
 
 impl Reached {
@@ -40,6 +42,15 @@ impl Reached {
     /// There is no memory to read it to its end.
     pub(super) fn lacks_memory(&self) {
         self.0.lack.store(true, Relaxed);
+    }
+
+    /// Its connection has too many bytes of requests that are not complete.
+    pub(super) fn is_unfinished(&self) {
+        self.0.unfinished.store(true, Relaxed);
+    }
+
+    pub(super) fn was_unfinished(&self) -> bool {
+        self.0.unfinished.load(Relaxed)
     }
 
     pub(super) fn has_lacked_memory(&self) -> bool {

@@ -86,6 +86,11 @@ pub enum RequestError {
     /// Memory is out, and there is none for a request that is not complete.
     #[error("the agent is short of memory, and has none for the rest of this request; try again")]
     NoMemoryToRead,
+    /// The connection holds too many bytes of requests that are not complete.
+    #[error(
+        "too many bytes of requests on this connection are not complete; try again, or on another connection"
+    )]
+    Unfinished,
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -164,6 +169,7 @@ impl RequestError {
             Self::SentAway => "sent_away",
             Self::Crowded => "crowded",
             Self::NoMemory | Self::NoMemoryToRead => "no_memory",
+            Self::Unfinished => "unfinished",
             Self::NoWitSvids | Self::NoWitBundles => "not_implemented",
             Self::NoPeer => "no_peer",
         }
@@ -193,7 +199,8 @@ impl RequestError {
             | Self::SentAway
             | Self::Crowded
             | Self::NoMemory
-            | Self::NoMemoryToRead => Code::Unavailable,
+            | Self::NoMemoryToRead
+            | Self::Unfinished => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
@@ -219,6 +226,7 @@ impl From<RequestError> for Status {
             | RequestError::NoMemory
             | RequestError::NoMemoryToRead
             | RequestError::NotKnown => refused(error.code(), &error.to_string(), Some(COME_BACK)),
+            RequestError::Unfinished => refused(error.code(), &error.to_string(), Some(REST_COMES)),
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) if cause.retry_after().is_some() => {
                 refused(error.code(), &error.to_string(), cause.retry_after())
             }
@@ -287,12 +295,8 @@ pub fn unidentified() -> HeaderMap {
 impl From<BodyError> for Status {
     fn from(error: BodyError) -> Self {
         match error {
-            // A client that waits until its other requests have ended finds room.
-            BodyError::TooMuch => {
-                let mut status = Self::resource_exhausted(error.to_string());
-                status.metadata_mut().insert(PUSHBACK, MetadataValue::from(TOO_MUCH_PUSHBACK));
-                status
-            }
+            BodyError::TooLong => refused(Code::ResourceExhausted, &error.to_string(), None),
+            BodyError::Unfinished => RequestError::Unfinished.into(),
             BodyError::NoMemory => RequestError::NoMemoryToRead.into(),
             // It was reset, or its connection ended.
             BodyError::Broken(_) => Self::cancelled(error.to_string()),
@@ -300,8 +304,8 @@ impl From<BodyError> for Status {
     }
 }
 
-/// When to come back after too many bytes of unfinished requests, in milliseconds.
-const TOO_MUCH_PUSHBACK: i64 = 100;
+/// When to come back after too many bytes of unfinished requests: what their client has begun to send is there by then.
+const REST_COMES: Duration = Duration::from_millis(100);
 
 /// A refusal tells when to come back, twice: as `google.rpc.RetryInfo` for those who read details, and as the
 /// [`PUSHBACK`] trailer (a negative one means: do not). Rounded up, so that whoever comes back then passes.

@@ -162,6 +162,13 @@ impl Limits {
         let question =
             Question { plan: &plan, stage: Stage::Node, method, dry: false, attempt: Attempt::Only };
         drop(ledger.refuse_for_memory(&question, caller));
+        self.note_refused(caller, method);
+    }
+
+    /// Counts for people that a call of `caller` was refused before it could be admitted.
+    pub fn note_refused(&self, caller: CallerKey, method: Method) {
+        let ledger = &self.ledger;
+        let plan = ledger.plan();
         let choice = plan.caller.choose(&caller, method);
         let key = ledger.caller_key(&plan, caller, method, &choice);
         let quota = match ledger.limit(choice.rule, plan.since.caller, ledger.now()).limit {

@@ -11,8 +11,9 @@
 //! promised no more than the bucket has. Others may be promised the same of it: those who do not come for it leave it. Where a limit
 //! passes calls by their shares alone ([`Shortfall::PassOwn`]), who joins begins with all of its part.
 //!
-//! [`MOST_TAKERS`] have a share each, of what the node shares [`MOST_OF_NODE`]; the others are parted at random into
-//! [`PARTIES`], which have a share each. A family is one taker ([`Families`](super::caller::Families)).
+//! [`MOST_TAKERS`] have a share each; the others are parted at random into [`PARTIES`], which have a share each. Of the buckets
+//! of a table each has room for [`FEW_TAKERS`], and they have [`FURTHER`] beyond that together. A family is one taker
+//! ([`Families`](super::caller::Families)).
 
 use std::{collections::HashMap, time::Duration};
 
@@ -24,9 +25,11 @@ use super::{
 };
 
 /// Callers with a share of their own in one bucket.
-const MOST_TAKERS: usize = 16;
-/// The same in a bucket of the node.
-const MOST_OF_NODE: usize = 256;
+const MOST_TAKERS: usize = 256;
+/// So many for certain in each bucket of a table.
+const FEW_TAKERS: usize = 16;
+/// So many beyond these in all buckets of a table: about a megabyte.
+const FURTHER: usize = 8 * 1024;
 /// How long it is taken to be known how many are active, in nanoseconds.
 const COUNTED_FOR: u64 = 10_000_000;
 /// Shares of those together that have none of their own: few of them meet one that shouts.
@@ -168,12 +171,6 @@ pub(super) struct Shares {
     counted: u64,
 }
 
-impl Default for Shares {
-    fn default() -> Self {
-        Self::of_at_most(MOST_TAKERS)
-    }
-}
-
 /// A bucket that is shared, and how calls are charged to it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Common {
@@ -239,6 +236,7 @@ impl Claim {
 }
 
 impl Shares {
+    /// For so many takers, until it may have more.
     fn of_at_most(most: usize) -> Self {
         Self { all: Vec::new(), index: HashMap::default(), most, owned: 0, active: 0, left: 0, counted: 0 }
     }
@@ -380,20 +378,34 @@ impl Shares {
 }
 
 /// The shares of the buckets of a table, by their keys.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct SharedBuckets {
+    /// So many shares more than [`FEW_TAKERS`] may still be had.
+    further: usize,
     several: HashMap<[u64; 2], Shares, ahash::RandomState>,
     /// Who takes from a bucket that only one takes from.
     alone: HashMap<[u64; 2], Taker, ahash::RandomState>,
 }
 
+impl Default for SharedBuckets {
+    fn default() -> Self {
+        Self { further: FURTHER, several: HashMap::default(), alone: HashMap::default() }
+    }
+}
+
 impl SharedBuckets {
-    /// The shares of a bucket that several take from; `None` where there are too many such buckets.
+    /// The shares of a bucket that several take from, one more of them than before where all are had; `None` where there are too
+    /// many such buckets.
     pub(super) fn of(&mut self, hash: [u64; 2]) -> Option<&mut Shares> {
         if self.several.len() >= MOST_SHARED && !self.several.contains_key(&hash) {
             return None;
         }
-        Some(self.several.entry(hash).or_default())
+        let shares = self.several.entry(hash).or_insert_with(|| Shares::of_at_most(FEW_TAKERS));
+        if shares.owned == shares.most && shares.most < MOST_TAKERS && self.further > 0 {
+            self.further -= 1;
+            shares.most += 1;
+        }
+        Some(shares)
     }
 
     /// This one is the first to take from a bucket.
@@ -422,7 +434,7 @@ impl SharedBuckets {
 
     /// The bucket is full again, and forgotten.
     pub(super) fn forget(&mut self, hash: [u64; 2]) {
-        self.several.remove(&hash);
+        self.further += self.several.remove(&hash).map_or(0, |shares| shares.most - FEW_TAKERS);
         self.alone.remove(&hash);
     }
 }
@@ -439,7 +451,7 @@ pub(super) struct SharedBucket {
 
 impl Default for SharedBucket {
     fn default() -> Self {
-        Self { bucket: Bucket::default(), apart: None, asked: 0, shares: Shares::of_at_most(MOST_OF_NODE) }
+        Self { bucket: Bucket::default(), apart: None, asked: 0, shares: Shares::of_at_most(MOST_TAKERS) }
     }
 }
 
@@ -686,12 +698,69 @@ mod tests {
                 bucket.take(SECOND, quota(1.0, 100), 1, taker(uid), Shortfall::Refuse).is_ok();
         }
         let parties = usize::try_from(PARTIES).unwrap();
-        assert_eq!(bucket.shares.all.len(), MOST_OF_NODE + parties);
-        assert_eq!(bucket.shares.index.len(), MOST_OF_NODE + parties);
-        assert_eq!(bucket.shares.takings().len(), MOST_OF_NODE + 1, "people are told of them as one");
+        assert_eq!(bucket.shares.all.len(), MOST_TAKERS + parties);
+        assert_eq!(bucket.shares.index.len(), MOST_TAKERS + parties);
+        assert_eq!(bucket.shares.takings().len(), MOST_TAKERS + 1, "people are told of them as one");
         // When they have gone, others have their places.
         bucket.take(SECOND + 200 * SECOND, quota(1.0, 100), 1, taker(5000), Shortfall::Refuse).unwrap();
         assert!(bucket.shares.takings().iter().any(|it| it.caller == Some(CallerKey::Uid(5000))));
+    }
+
+    /// Asks for a token of the bucket of a table, and ends at once.
+    fn asks(
+        buckets: &mut SharedBuckets,
+        hash: [u64; 2],
+        bucket: &mut Bucket,
+        quota: Quota,
+        uid: u32,
+    ) -> bool {
+        let shares = buckets.of(hash).unwrap();
+        let common = Common { bucket: *bucket, quota, short: Shortfall::Refuse };
+        let claim = shares.claim(SECOND, common, 1, taker(uid));
+        let passes = bucket.hold_leaving(SECOND, quota, 1, claim.leaves).is_ok();
+        if passes {
+            bucket.settle(SECOND, quota, 1, 1);
+            shares.took(SECOND, common, claim, 1);
+        }
+        passes
+    }
+
+    /// They ask once each, one after the other, and nothing comes back meanwhile.
+    #[test]
+    fn nobody_of_many_is_refused_while_tokens_are_left() {
+        for (callers, burst) in [(58, 60), (60, 60), (200, 200), (250, 1_000), (100, 60)] {
+            let quota = Quota::new(1.0, Per::Hour, burst).unwrap();
+            let (mut buckets, mut bucket) = (SharedBuckets::default(), Bucket::default());
+            for uid in 0..callers {
+                let there_is = bucket.left(SECOND, quota) > 0;
+                let passes = asks(&mut buckets, [1, 1], &mut bucket, quota, uid);
+                assert_eq!(passes, there_is, "{uid} of {callers}, {burst} tokens");
+            }
+        }
+    }
+
+    /// Each bucket has room for a few callers' shares, whoever has the others; and these come back with the bucket they were of.
+    #[test]
+    fn shares_of_a_table_have_a_bound() {
+        let quota = quota(1.0, 1_000);
+        let (mut buckets, callers) = (SharedBuckets::default(), u32::try_from(MOST_TAKERS + 50).unwrap());
+        for at in 0..100 {
+            for uid in 0..callers {
+                // It passes or not.
+                let _passed: bool = asks(&mut buckets, [at, at], &mut Bucket::default(), quota, uid);
+            }
+        }
+        let had = |buckets: &SharedBuckets, at| buckets.known([at, at]).unwrap().owned;
+        assert_eq!((had(&buckets, 0), had(&buckets, 99)), (MOST_TAKERS, FEW_TAKERS));
+        let all: usize = (0..100).map(|at| had(&buckets, at)).sum();
+        assert_eq!((all, buckets.further), (100 * FEW_TAKERS + FURTHER, 0));
+        buckets.forget([0, 0]);
+        for uid in 0..callers {
+            let _passed: bool = asks(&mut buckets, [99, 99], &mut Bucket::default(), quota, uid);
+        }
+        assert_eq!(had(&buckets, 99), MOST_TAKERS);
+        (0..100).for_each(|at| buckets.forget([at, at]));
+        assert_eq!(buckets.further, FURTHER);
     }
 
     proptest! {
@@ -701,7 +770,7 @@ mod tests {
             calls in prop::collection::vec((0..200_u32, 0..20 * SECOND, 0..8_usize), 1..200),
         ) {
             let quota = quota(100.0, 50);
-            let mut shares = Shares::default();
+            let mut shares = Shares::of_at_most(FEW_TAKERS);
             let (mut now, mut open) = (SECOND, Vec::new());
             for (uid, later, ends) in calls {
                 now += later;

@@ -119,6 +119,9 @@ impl<G: AcceptGate> Connection<G> {
         // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
         let (why, unread) = Box::pin(self.serve(stream, handshake_by, http2, service)).await;
         self.open.why = why;
+        if why == ConnectionEnd::Wasteful {
+            tell_wasteful(&self.peer);
+        }
         // It has ended, whatever is left of it.
         drop(self.open);
         tokio::select! {
@@ -382,6 +385,20 @@ fn noted(course: &Course, done: Result<(), hyper::Error>, ending: &Ending, peer:
         );
     }
     why
+}
+
+/// Says whose connection it was that had to go for what came to nothing.
+fn tell_wasteful(peer: &Peer) {
+    let (caller, pid, reason) = (peer.caller(), peer.pid(), ConnectionEnd::Wasteful.text());
+    REFUSED.say(caller, reason, |times| {
+        tracing::warn!(
+            %caller,
+            %pid,
+            reason,
+            times,
+            "closed a connection: for ten seconds it brought more that came to nothing (refusals, mistakes, resets) than is read"
+        );
+    });
 }
 
 /// Waits until a connection that is over is to be closed for its descriptor. Of memory a close gives none back, and nobody would

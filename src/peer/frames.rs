@@ -68,6 +68,9 @@ struct UsefulBytes {
     to_an_answer: u32,
 }
 
+/// So many bytes of bodies that come to nothing are as much work as an answer: a read brings no more.
+pub(super) const BODY_OF_ANSWER: u32 = 2 * 1024;
+
 /// What is beyond is counted in so many parts of an answer.
 const PARTS: u32 = 128;
 
@@ -77,14 +80,20 @@ impl UsefulBytes {
     /// A request's head: ten fields as clients of gRPC write them. h2 walks the fields of one that is malformed to its end, and
     /// one byte can be a field.
     const HEAD: Self = Self { at_first: 0, with_request: 512, at_most: 512, to_an_answer: 128 };
-    /// Bodies: as many as the largest has, before the first; and a token to validate with each. h2 throws away what comes for a
-    /// request that was answered or reset, and gives its window back: that does not bound it. A read brings 2 KiB of them.
+    /// Bodies: as many as the largest has, before the first. Those of a request that is read to its end come back
+    /// ([`Filter::read_whole`]). h2 throws away what comes for one that was answered or reset, and gives its window back: that
+    /// does not bound it.
     const BODY: Self =
-        Self { at_first: 68 * 1024, with_request: 2 * 1024, at_most: 256 * 1024, to_an_answer: 2 * 1024 };
+        Self { at_first: 68 * 1024, with_request: 0, at_most: 256 * 1024, to_an_answer: BODY_OF_ANSWER };
 
     /// What is `left` with another request.
     fn filled(self, left: u32) -> u32 {
-        left.saturating_add(self.with_request).min(self.at_most)
+        self.with(left, self.with_request)
+    }
+
+    /// What is `left` with so many more.
+    fn with(self, left: u32, more: u32) -> u32 {
+        left.saturating_add(more).min(self.at_most)
     }
 
     /// Takes so many bytes of what is `left`. Returns what is beyond it, in parts of an answer.
@@ -351,6 +360,12 @@ impl Filter {
         wasted
     }
 
+    /// So many bytes of bodies were those of requests that were read to their end: they were for something.
+    pub(super) fn read_whole(&mut self, bytes: u64) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        self.bodies = UsefulBytes::BODY.with(self.bodies, bytes);
+    }
+
     /// Bytes that are kept with those of bodies, as long as these are not read, since this was asked last.
     pub(super) fn take_pinned(&mut self) -> u32 {
         std::mem::take(&mut self.pinned)
@@ -477,7 +492,6 @@ impl Filter {
                 self.in_head = true;
                 self.left = self.budget.burst;
                 self.beside = UsefulBytes::BESIDE.filled(self.beside);
-                self.bodies = UsefulBytes::BODY.filled(self.bodies);
                 // Nothing of it is kept for the next one.
                 let mut of_head = UsefulBytes::HEAD.filled(0);
                 self.wasted = self.wasted.saturating_add(UsefulBytes::HEAD.spend(&mut of_head, length));
@@ -734,19 +748,22 @@ mod tests {
         }
     }
 
-    /// What comes for requests that were answered is thrown away, and asked for again and again.
+    /// What comes for requests that were answered or reset is thrown away, and asked for again and again.
     #[test]
-    fn bodies_beyond_what_requests_bring_along_are_waste() {
-        const BODY: u32 = 2 * 1024;
+    fn bodies_of_requests_that_are_not_read_to_their_end_are_waste() {
+        const MANY: u32 = 100;
         let now = Instant::now();
-        let all = |bytes: u32, heads: u32| bytes.saturating_sub(68 * 1024 + heads * BODY) / 2048;
-        for (case, rounds, heads, parts, length) in [
-            ("a body of the largest size", 1, 1, 4, 16 * 1024),
-            ("ordinary ones, one after the other", 100, 1, 1, BODY),
-            ("many of them together", 1, 30, 30, BODY),
-            ("what comes for none", 1, 1, 104, 16 * 1024),
-            ("long ones, one after the other", 100, 1, 1, 16 * 1024),
-            ("longer than a token, of requests that are reset", 100, 1, 1, 8 * 1024),
+        // Of each round so many requests are read to their end.
+        for (case, rounds, heads, parts, length, whole) in [
+            ("a body of the largest size", 1, 1, 4, 16 * 1024, 0),
+            ("tokens, one after the other", MANY, 1, 1, 2 * 1024, 1),
+            ("long ones, one after the other", MANY, 1, 1, 16 * 1024, 1),
+            ("of the largest size", MANY, 1, 4, 16 * 1024, 1),
+            ("as many at once as the window lets through", MANY / 4, 4, 4, 16 * 1024, 4),
+            ("what comes for none", 1, 1, 104, 16 * 1024, 0),
+            ("short ones, reset", MANY, 1, 1, 2_000, 0),
+            ("long ones, reset", MANY, 1, 1, 16 * 1024, 0),
+            ("one in two", MANY / 2, 2, 2, 8 * 1024, 1),
         ] {
             let mut filter = Filter::new(FrameBudget::DEFAULT, now);
             filter.pass(&mut connection(), || now).unwrap();
@@ -760,8 +777,10 @@ mod tests {
                     filter.pass(&mut frame(0, 0, stream - 2, &vec![0; size(length)]), || now).unwrap();
                     wasted += filter.take_wasted();
                 }
+                filter.read_whole(u64::from(whole * length * parts / heads));
             }
-            let want = all(rounds * parts * length, rounds * heads);
+            let in_vain = rounds * (heads - whole) * (length * parts / heads);
+            let want = in_vain.saturating_sub(68 * 1024) / BODY_OF_ANSWER;
             // Heads of frames count too.
             let of_frames = if want > 0 { rounds * parts * (FRAME_HEAD + DATA_COST) / 128 } else { 0 };
             assert!((want..=want + of_frames + 1).contains(&wasted), "{case}: {wasted} of {want}");

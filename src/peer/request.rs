@@ -27,10 +27,13 @@ pub struct RequestBody {
 /// Why the body of a request cannot be read to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
-    /// The connection holds too many bytes of requests that are not complete, or this request is too long. A
-    /// client that waits until its other requests have ended finds room.
-    #[error("too many bytes of requests that are not complete: end them first")]
-    TooMuch,
+    /// More came than one request may have.
+    #[error("too many bytes for one request: make another call")]
+    TooLong,
+    /// The connection holds too many bytes of requests that are not complete. A client that waits until its other requests have
+    /// ended finds room.
+    #[error("too many bytes of requests on this connection are not complete")]
+    Unfinished,
     /// The node has no memory for what is not complete.
     #[error("the agent is short of memory, and has none for the rest of this request; try again")]
     NoMemory,
@@ -42,7 +45,7 @@ pub enum BodyError {
 impl From<NoRoom> for BodyError {
     fn from(lack: NoRoom) -> Self {
         match lack {
-            NoRoom::OfConnection => Self::TooMuch,
+            NoRoom::OfConnection => Self::Unfinished,
             NoRoom::OfNode => Self::NoMemory,
         }
     }
@@ -80,16 +83,17 @@ impl Body for RequestBody {
                 Err(lack) => Poll::Ready(Some(Err(lack.into()))),
             };
         };
-        let Some(frame) = frame.transpose()? else { return Poll::Ready(None) };
-        let more = frame.data_ref().map_or(0, Bytes::len);
+        let frame = frame.transpose()?;
+        let more = frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
         this.came = this.came.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
         if this.came > this.most {
-            return Poll::Ready(Some(Err(BodyError::TooMuch)));
+            return Poll::Ready(Some(Err(BodyError::TooLong)));
         }
+        // A reset ends it too, and is none of these.
         if this.body.is_end_stream() {
-            this.upload.ends();
+            this.upload.is_read_whole(this.came);
         }
-        Poll::Ready(Some(Ok(frame)))
+        Poll::Ready(frame.map(Ok))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -12,7 +12,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use tokio::time::Instant;
 
-use super::{pauses::Pauses, unsent::Unsent};
+use super::{frames::BODY_OF_ANSWER, pauses::Pauses, unsent::Unsent};
 use crate::limits::{
     budget::{HEAD, HTTP2, STREAM, UPLOAD, UPLOADS, WAITING, kept, unsent},
     holding::Holding,
@@ -30,6 +30,8 @@ pub(super) struct Turns {
     slots: Mutex<TurnSlots>,
     /// Heads of requests that came, whether they begin one or not.
     heads: AtomicU64,
+    /// Bytes of requests that were read to their end, since somebody asked.
+    read_whole: AtomicU64,
     holding: Arc<Holding>,
     pauses: Arc<Pauses>,
 }
@@ -86,6 +88,8 @@ struct TurnSlot {
     parts: usize,
     /// What is held for the buffer of its open body.
     kept: u64,
+    /// Bytes of its request, once that was read to its end, if it is worth an answer.
+    request: u64,
     /// When it last came a step on.
     moved: Instant,
     /// Of who makes the answer, while it rests or waits.
@@ -216,7 +220,8 @@ impl Turns {
     /// No request yet. What HTTP/2 takes, with room for one, must be held already, and is released with this.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
         let pauses = Arc::new(Pauses::new(Arc::clone(&holding)));
-        Self { slots: Mutex::default(), heads: AtomicU64::new(0), holding, pauses }
+        let (heads, read_whole) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { slots: Mutex::default(), heads, read_whole, holding, pauses }
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut TurnSlots) -> R) -> R {
@@ -354,6 +359,11 @@ impl Turns {
         })
     }
 
+    /// Bytes of requests that were read to their end, since this was asked last.
+    pub(super) fn take_read_whole(&self) -> u64 {
+        self.read_whole.swap(0, Relaxed)
+    }
+
     /// These bytes of a request wait no longer for its rest.
     pub(super) fn end_upload(&self, counted: u64) {
         self.with(|turns| turns.uploads = turns.uploads.saturating_sub(counted));
@@ -448,6 +458,7 @@ impl Turn {
                 reckoned: reckoned.unwrap_or(0),
                 parts: 0,
                 kept: 0,
+                request: 0,
                 moved: Instant::now(),
                 waker: None,
             };
@@ -475,16 +486,22 @@ impl Turn {
         Poll::Ready(())
     }
 
-    /// What it was asked for was no work to conserve: a refusal, an error of the caller's, or nothing any more.
+    /// What it was asked for was no work to conserve: a refusal, an error of the caller's, or nothing any more. A long request was
+    /// read for it, too.
     pub(super) fn wasted(&self) {
-        self.turns.pauses.wasted(Instant::now());
+        let request = self.turns.with(|turns| turns.open_slot(self.slot, self.call).map(|slot| slot.request));
+        let answers = request.unwrap_or(0) / u64::from(BODY_OF_ANSWER);
+        for _ in 0..answers.max(1) {
+            self.turns.pauses.wasted(Instant::now());
+        }
     }
 
     /// For the body of its request.
     pub(super) fn upload(&self) -> Upload {
         let Self { turns, slot, call, .. } = self;
         let turns = Arc::clone(turns);
-        Upload { turns, slot: *slot, call: *call, counted: 0, gives_way: true, gave_way: false }
+        let (gives_way, gave_way, is_whole) = (true, false, false);
+        Upload { turns, slot: *slot, call: *call, counted: 0, gives_way, gave_way, is_whole }
     }
 
     /// The answer has nothing to send now; it is polled by whom the context wakes. Others may be made meanwhile.
@@ -549,6 +566,7 @@ pub(super) struct Upload {
     /// Its answer is not made before it is complete: meanwhile others are.
     gives_way: bool,
     gave_way: bool,
+    is_whole: bool,
 }
 
 impl Upload {
@@ -588,8 +606,25 @@ impl Upload {
         Poll::Ready(())
     }
 
+    /// The request was read to its end, of so many bytes. They were for something, but for those that no request needs.
+    pub(super) fn is_read_whole(&mut self, came: u64) {
+        self.ends();
+        if std::mem::replace(&mut self.is_whole, true) {
+            return;
+        }
+        let request = came.min(UPLOADS);
+        self.turns.read_whole.fetch_add(request, Relaxed);
+        if request >= u64::from(BODY_OF_ANSWER) {
+            self.turns.with(|turns| {
+                if let Some(slot) = turns.open_slot(self.slot, self.call) {
+                    slot.request = request;
+                }
+            });
+        }
+    }
+
     /// The request is complete, or given up.
-    pub(super) fn ends(&mut self) {
+    fn ends(&mut self) {
         let counted = std::mem::take(&mut self.counted);
         if counted > 0 {
             self.turns.end_upload(counted);
@@ -789,7 +824,7 @@ mod tests {
                     self.came += bytes;
                     let _room_or_not = self.upload.waits(self.came);
                 }
-                Event::EndsUpload if self.polled() => self.upload.ends(),
+                Event::EndsUpload if self.polled() => self.upload.is_read_whole(self.came),
                 _ => {
                     self.polled();
                 }
@@ -880,6 +915,38 @@ mod tests {
             prop_assert!(turns.with(|turns| turns.slots.iter().all(TurnSlot::is_free) && turns.open == 0));
             drop(turns);
             prop_assert_eq!(holding.bytes(), 0);
+        }
+    }
+
+    /// Of one that comes to nothing what it was read for counts too, up to the largest there is; and what was read to its end is
+    /// told once.
+    #[test]
+    fn a_long_request_that_comes_to_nothing_is_as_many_answers() {
+        let gate = Gate::of_defaults(64 << 20);
+        let refused = |uid, bytes| {
+            let permit = gate.open(CallerKey::Uid(uid)).unwrap();
+            permit.holding().hold(HTTP2);
+            let turns = Arc::new(Turns::new(Arc::clone(permit.holding())));
+            let mut requests = 0;
+            while permit.holding().waits().is_none() {
+                let turn = Turn::begin(&turns);
+                let mut upload = turn.upload();
+                upload.is_read_whole(bytes);
+                upload.is_read_whole(bytes);
+                assert_eq!(turns.take_read_whole(), bytes.min(UPLOADS));
+                turn.wasted();
+                requests += 1;
+            }
+            requests
+        };
+        let short = refused(1, 100);
+        assert!(short >= 500, "{short}");
+        for (uid, bytes, answers) in [(2, 2_000, 1), (3, 16 * 1024, 8), (4, 1 << 30, 34)] {
+            let long = refused(uid, bytes);
+            assert!(
+                (short / answers / 2..=short / answers + 1).contains(&long),
+                "{bytes}: {long} of {short}"
+            );
         }
     }
 

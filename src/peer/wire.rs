@@ -271,6 +271,7 @@ impl<P: Send + 'static> Wire<P> {
         self.ending.read_full.store(len == most, Relaxed);
         let from = buf.filled().len();
         buf.advance(len);
+        self.passage.filter().read_whole(self.turns.take_read_whole());
         let passed = self.passage.pass(buf, from, Instant::now).map_err(|flood| {
             self.ending.flooded.store(true, Relaxed);
             io::Error::new(io::ErrorKind::ConnectionAborted, flood)

@@ -17,7 +17,7 @@ use nix::unistd::{Pid, geteuid};
 
 use crate::{
     frames::{PREFACE, SETTINGS, call_frames, frame, message},
-    hostile::{NEIGHBOUR, PATIENCE},
+    hostile::{NEIGHBOUR, PATIENCE, wait_of},
     support::{Process, TRUST_DOMAIN, entry, refusable_client, request, write_config},
 };
 
@@ -556,6 +556,57 @@ async fn the_log_says_which_calls_are_refused_and_why() {
         assert!(began.elapsed() < PATIENCE, "{line}: {}", place.log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// Whoever begins more large requests at once than a connection may have is told to come back; the log, the audit and `limits` say
+/// who it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_for_unfinished_requests_is_said() {
+    let place = Place::with("");
+    let mut agent = Process::spawn(place.dir());
+    drop(agent.serving(place.dir()).await);
+    let stream = tokio::net::UnixStream::connect(place.dir().join("api.sock")).await.unwrap();
+    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
+    let _connection = tokio::spawn(connection);
+    let part = [&[0, 0, 0, 0xea, 0x60][..], &[0x0a; 14_000]].concat();
+    let (mut answers, mut bodies) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let head = http::Request::post("http://localhost/SpiffeWorkloadAPI/FetchJWTSVID")
+            .header("content-type", "application/grpc")
+            .header("workload.spiffe.io", "true")
+            .body(())
+            .unwrap();
+        http2 = http2.ready().await.unwrap();
+        let (answer, mut body) = http2.send_request(head, false).unwrap();
+        body.send_data(part.clone().into(), false).unwrap();
+        answers.push(answer);
+        bodies.push(body);
+    }
+    let first = tokio::time::timeout(PATIENCE, futures_util::future::select_all(answers)).await;
+    let answer = first.expect("one is refused").0.unwrap();
+    let status = tonic::Status::from_header_map(answer.headers()).unwrap();
+    assert_eq!(status.code(), tonic::Code::Unavailable, "{status:?}");
+    assert!(wait_of(&status) > Duration::ZERO, "{status:?}");
+
+    let uid = geteuid();
+    for line in [
+        format!(
+            "calls are refused, as a connection has begun too many large requests at once: make fewer at once, or on several connections method=FetchJWTSVID caller=uid:{uid}"
+        ),
+        format!("audit: call refused caller=uid:{uid}"),
+        "reason=unfinished".to_owned(),
+    ] {
+        let began = std::time::Instant::now();
+        while !place.log().contains(&line) {
+            assert!(began.elapsed() < PATIENCE, "{line}: {}", place.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    let told = place.told(&["limits"], "FetchJWTSVID");
+    let row = told.lines().find(|line| line.contains("FetchJWTSVID")).unwrap();
+    let row: Vec<&str> = row.split_whitespace().collect();
+    let at = row.iter().position(|word| *word == "FetchJWTSVID").unwrap();
+    assert!(row[at + 1] == "0" && row[at + 2] == "1", "{told}");
 }
 
 /// With few descriptors the start says for how many callers there are some, and no room is shown where none is left.

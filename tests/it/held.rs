@@ -44,14 +44,29 @@ use tonic_types::StatusExt as _;
 
 use crate::{
     frames::{
-        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, SETTINGS, block, call_frames,
-        frame, jwt_request, literal, settings,
+        DATA, END_HEADERS, END_STREAM, FETCH_JWT, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, block,
+        call_frames, frame, jwt_request, literal, settings,
     },
     listener::guarded,
     support::TestAgent,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What the log says.
+#[derive(Clone, Debug, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
 
 /// Keeps what the connections that it let in hold, each for the caller that the test names.
 #[derive(Debug)]
@@ -682,10 +697,77 @@ async fn what_a_part_of_a_body_pins_is_held_while_it_waits() {
     server.drain().await;
 }
 
+/// Calls with bodies of so many bytes, a few at once, until the caller has to wait for what came to nothing of them. Returns how
+/// many there were, `most` at most.
+async fn calls_at_length(server: &Server, uid: u32, path: &str, bytes: usize, most: u32) -> u32 {
+    server.keeper.caller.store(uid, SeqCst);
+    let (send, holding) = server.client().await;
+    let mut calls = 0;
+    while calls < most && holding.holding.waits().is_none() {
+        let mut at_once = JoinSet::new();
+        for _ in 0..4 {
+            let mut send = send.clone();
+            let request = http::Request::post(format!("http://localhost{path}")).body(()).unwrap();
+            at_once.spawn(async move {
+                poll_fn(|cx| send.poll_ready(cx)).await.unwrap();
+                let (answer, mut body) = send.send_request(request, false).unwrap();
+                body.send_data(vec![0; bytes].into(), true).unwrap();
+                let mut answer = answer.await.unwrap().into_body();
+                while answer.data().await.is_some_and(|part| part.is_ok()) {}
+            });
+        }
+        calls += 4;
+        at_once.join_all().await;
+    }
+    calls
+}
+
+/// A gateway validates tokens of kilobytes, as many as it likes: what was read to its end and answered is none of what comes to
+/// nothing. What was refused is, and what was reset.
+#[tokio::test(start_paused = true)]
+async fn long_requests_are_waste_where_they_come_to_nothing() {
+    const LONG: usize = 11_000;
+    let server = Server::start();
+    assert_eq!(calls_at_length(&server, 1, "/bytes/1", LONG, 2_000).await, 2_000, "answered");
+    let short = calls_at_length(&server, 2, "/refused", 100, 2_000).await;
+    let long = calls_at_length(&server, 3, "/refused", LONG, 2_000).await;
+    assert!(
+        (500..2_000).contains(&short) && long < short / 4,
+        "refused: {long} long ones, {short} short ones"
+    );
+
+    for (uid, bytes, most) in [(4, LONG, 200), (5, 2_000, 450)] {
+        server.keeper.caller.store(uid, SeqCst);
+        let (stream, holding) = raw(&server, 1 << 16, []).await;
+        let (mut reader, mut writer) = stream.into_split();
+        let reading = tokio::spawn(async move {
+            let mut buffer = vec![0; 1 << 14];
+            while reader.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+        });
+        let mut calls = 0;
+        while holding.holding.waits().is_none() {
+            let number = 1 + 2 * calls;
+            let reset = frame(RST_STREAM, 0, number, &8_u32.to_be_bytes());
+            let head = frame(HEADERS, END_HEADERS, number, &block("/bytes/1"));
+            let call = [head, frame(DATA, 0, number, &vec![0; bytes]), reset].concat();
+            writer.write_all(&call).await.unwrap();
+            calls += 1;
+        }
+        assert!(calls <= most, "{calls} that were reset, of {bytes} bytes");
+        drop(writer);
+        reading.await.unwrap();
+    }
+    server.drain().await;
+}
+
 /// Frames that ask for nothing come with every request; who sends many of them is read no more for a while, whatever it asks
-/// for beside them, and has to go in the end. Others notice nothing.
+/// for beside them, and has to go in the end, which the log says. Others notice nothing.
 #[tokio::test(start_paused = true)]
 async fn who_sends_frames_that_ask_for_nothing_has_to_go() {
+    let said = Said::default();
+    let lines = said.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || lines.clone()).finish();
+    let _said = tracing::subscriber::set_default(subscriber);
     let server = Server::start();
     let call = |nth: u32| frame(HEADERS, END_HEADERS | END_STREAM, 1 + 2 * nth, &block("/bytes/1"));
     let (stream, _) = raw(&server, 1 << 16, []).await;
@@ -715,6 +797,9 @@ async fn who_sends_frames_that_ask_for_nothing_has_to_go() {
     }
     hostile.await.unwrap();
     server.ended(ConnectionEnd::Wasteful, 1).await;
+    let lines = String::from_utf8(said.0.lock().unwrap().clone()).unwrap();
+    assert!(lines.matches("WARN").count() == 1 && lines.contains("caller=uid:"), "{lines}");
+    assert!(lines.contains("reason=\"wasteful\""), "{lines}");
     reading.await.unwrap();
     drop(neighbour);
     server.drain().await;
