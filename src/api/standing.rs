@@ -112,6 +112,7 @@ impl AgentStanding {
         let limits = self.limits.get();
         let (failed_at, reload_errors) = self.failed_reload.get().unzip();
         let log = self.log.get();
+        let (last_error, failing_since) = self.issuer.rotation_fault().unzip();
         pb::StatusResponse {
             trust_domain: snapshot.bundles.own.trust_domain.to_string(),
             entries: count(snapshot.index.entries().len()),
@@ -128,6 +129,8 @@ impl AgentStanding {
                 x509_until: unix(ca.x509.1),
                 jwt_from: unix(ca.jwt.0),
                 jwt_until: unix(ca.jwt.1),
+                last_error: last_error.unwrap_or_default(),
+                failing_since: failing_since.map_or(0, unix),
             }),
             started: unix(self.started),
             pid: std::process::id().try_into().unwrap_or_default(),
