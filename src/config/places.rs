@@ -31,7 +31,7 @@ use crate::{
         sentence::said,
         trusted::{ClosedDir, PathError, Trust, TrustedDir, parent},
     },
-    peer::socket::is_listed_at,
+    peer::socket::is_taken,
     telemetry::http::can_bind,
 };
 
@@ -211,7 +211,7 @@ impl Config {
         };
         let admin = admin.map(|at| ("agent.admin_socket_path", at));
         let sockets = self.sockets().map(|(key, at)| (key, at.to_owned())).chain(admin);
-        let sockets = sockets.filter(|(_, at)| is_listed_at(at));
+        let sockets = sockets.filter(|(_, at)| is_taken(at));
         is_in_use.then(|| ("agent.data_dir", data_dir.to_owned())).into_iter().chain(sockets).collect()
     }
 
