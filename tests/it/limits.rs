@@ -710,6 +710,41 @@ async fn counters_hold_no_name_of_a_caller() {
     assert!(series < 1000, "{series} series, registered once");
 }
 
+/// Not that which a reload, or a window, has set since.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_told_with_the_limit_that_refused() {
+    let few = quota(1.0, 5);
+    for (case, settings) in [
+        ("caller", LimitSettings { caller: layers(few), ..open() }),
+        ("identity", LimitSettings { identity: layers(few), ..open() }),
+        ("node", LimitSettings { node: node(Some(Quota::new(1.0, Per::Second, 5).unwrap())), ..open() }),
+        (
+            "gate",
+            LimitSettings {
+                gate: GateSettings {
+                    rules: rules(GateRule { rate: Some(few), ..GateRule::default() }),
+                    ..GateSettings::default()
+                },
+                ..open()
+            },
+        ),
+    ] {
+        let limits = limits(&settings);
+        let plan = |settings| GatePlan::new(settings, 1 << 20, AMPLE).unwrap();
+        let gate = Gate::new(plan(&settings), &limits);
+        let _open: Vec<_> = (0..6).map(|_| gate.open(CallerKey::Uid(1))).collect();
+        for _ in 0..6 {
+            drop(call(&limits, 1, JWT, &entries(&["web"])));
+        }
+        limits.reload(&open());
+        gate.reload(plan(&open()));
+        let told = limits.events();
+        let [Event::Refusing { what, times: 1, .. }] = &told[..] else { panic!("{case}: {told:?}") };
+        let of = (what.stage.text(), what.origin, what.rate());
+        assert_eq!(of, (case, Origin::Set, Some("1 a second, 5 at once".to_owned())));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn refusals_are_told_when_they_begin_and_end() {
     let limits = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
@@ -719,7 +754,7 @@ async fn refusals_are_told_when_they_begin_and_end() {
     }
     let name = |event: &Event| match event {
         Event::Refusing { what, times, .. } => {
-            format!("{} {} {times}: {:?}", what.stage.text(), what.name, limits.limit_of(&what.name, JWT))
+            format!("{} {} {times}: {:?}", what.stage.text(), what.name, what.rate())
         }
         Event::RefusalEnded { what, count, .. } => format!("end {} {} {count}", what.stage.text(), what.name),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
