@@ -78,9 +78,9 @@ impl Replacing {
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
         let fitted = parts.means.fit(next)?;
-        let in_force = parts.means.in_force(next);
+        let in_force = parts.means.in_force(next, &fitted);
 
-        say_what_fits(&fitted, &in_force);
+        say_what_fits(&in_force);
         say_whom_to_distrust(next);
         say_what_is_passed_over(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.

@@ -16,7 +16,7 @@ use crate::{
     attest::Questions,
     identity::{Bundle, Entry, Selector, TrustDomain, bundle::Edition},
     issuer::{Issuer, SvidKind},
-    limits::LimitsInForce,
+    limits::{LimitsInForce, beyond_budget::BeyondBudget},
     peer::ConnectionStats,
     store::{JwtCache, Snapshot, Store, X509Cache},
     telemetry::{
@@ -143,7 +143,7 @@ impl AgentStanding {
             limits_wrong: limits.wrong.iter().map(ToString::to_string).collect(),
             streams: self.connections.streams(),
             parked: self.connections.parked(),
-            surroundings: self.found_in_spite_of(),
+            surroundings: self.found_in_spite_of(&limits.fewer_served),
             attestors_wrong,
             reload_failed: failed_at.map_or(0, unix),
             reload_errors: reload_errors.unwrap_or_default(),
@@ -155,8 +155,10 @@ impl AgentStanding {
         }
     }
 
-    fn found_in_spite_of(&self) -> Vec<String> {
-        self.found.borrow().iter().cloned().chain(self.full_connections()).collect()
+    fn found_in_spite_of(&self, fewer_served: &[BeyondBudget]) -> Vec<String> {
+        let found = self.found.borrow();
+        let fewer = fewer_served.iter().map(ToString::to_string);
+        found.iter().cloned().chain(fewer).chain(self.full_connections()).collect()
     }
 
     /// What is to be said of connections whose clients keep calls to themselves.
