@@ -17,7 +17,7 @@ use super::{
     issuer::{JoinedServer, Signer},
 };
 use crate::{
-    attest::unix::may_look_at_executables,
+    attest::unix::{BLIND, may_look_at_executables},
     identity::{Bundle, bundle::MAX_LEN},
     issuer::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
@@ -330,6 +330,15 @@ impl Config {
             })
         });
         open.collect()
+    }
+
+    /// That an agent of this process's user cannot look at what other users execute, where it is to. Of one that serves all users
+    /// it is a mistake, which [`Config::places`] says.
+    pub fn is_blind(&self, trust: Trust) -> Option<(&'static str, &'static str)> {
+        let ours = trust.user();
+        let is_ours = ours == geteuid().as_raw() && !lacks_capability(ours);
+        let is_blind = self.attest.unix.settings.discover_workload_path && !may_look_at_executables();
+        (is_ours && is_blind).then_some((DISCOVER, BLIND))
     }
 
     /// Why a node would not be known any more after a restart, where that is so.
