@@ -154,7 +154,7 @@ pub(super) fn finish(agent: &mut Running, done: anyhow::Result<Reloaded>) -> Rel
                 entries_removed = removed,
                 entries_changed = changed,
                 bundles_changed = bundles,
-                settings_changed = changes.live.join(","),
+                settings_changed = Some(changes.live.join(",")).filter(|keys| !keys.is_empty()),
                 "reloaded"
             );
             let number = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
