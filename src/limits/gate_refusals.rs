@@ -28,7 +28,8 @@ impl SharedGate {
     /// Counts and tells a refusal.
     pub(super) fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
         self.count(refusal, caller, Decision::Refused);
-        if let Some((stage @ Stage::Gate, reason)) = refusal.by_stage() {
+        // What is for want of room is told otherwise.
+        if let Some((stage, reason)) = refusal.by_stage().filter(|_| refusal.is_callers_own()) {
             let name = BucketName::Caller(caller).charged_as(charged_as(refusal, stage, caller));
             let plan = self.plan.load();
             let quota = plan.rule(&caller).limit().quota().filter(|_| reason == Reason::Rate);

@@ -1586,8 +1586,8 @@ fn notice(permit: &ConnectionPermit) -> Option<Notice> {
 /// By default there is no number, and none is refused for want of tokens, while there is room.
 #[tokio::test(start_paused = true)]
 async fn what_nobody_set_binds_without_room_alone() {
-    let settings = LimitSettings::default();
-    let limits = limits(&settings);
+    let (settings, recorder) = (LimitSettings::default(), PrometheusBuilder::new().build_recorder());
+    let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
     let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits);
     let caller = CallerKey::Uid(1);
     let held: Vec<ConnectionPermit> = (0..1_000).map_while(|_| gate.open(caller).ok()).collect();
@@ -1600,6 +1600,15 @@ async fn what_nobody_set_binds_without_room_alone() {
     assert_eq!(gate.rate_of(caller), "100 a second, 200 at once");
     assert!(refused.is_some_and(ConnectionRefusal::is_soft));
     assert_eq!((gate.wanting(), gate.wanting()), (1, 0));
+    assert_eq!(limits.events(), [], "once");
+    let counted = text_of(&recorder);
+    let counted: Vec<_> =
+        counted.iter().filter(|(name, count)| name.contains("exceeded_total") && **count > 0.0).collect();
+    let [(series, 1.0)] = counted[..] else { panic!("{counted:?}") };
+    assert!(
+        series.contains(r#"stage="gate""#) && series.contains(r#"key_type="uid""#),
+        "whose it is: {series}"
+    );
     assert!(gate.open(CallerKey::Uid(2)).is_ok(), "it has tokens");
     advance(Duration::from_millis(10)).await;
     assert!(gate.open(caller).is_ok(), "and it has one again");
