@@ -180,6 +180,23 @@ async fn the_most_in_a_second_is_known() {
     assert!(most() >= 200, "and stays known");
 }
 
+/// By that number an admin chooses a rate, whatever refuses meanwhile.
+#[tokio::test(start_paused = true)]
+async fn connections_beyond_their_number_count_in_the_busiest_second() {
+    let settings = LimitSettings {
+        gate: GateSettings {
+            rules: rules(GateRule { connections: Some(number(5)), ..GateRule::default() }),
+            ..GateSettings::default()
+        },
+        ..open()
+    };
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits(&settings));
+    let tries: Vec<_> = (0..55).map(|_| gate.open(CallerKey::Uid(1))).collect();
+    assert_eq!(tries.iter().filter(|it| it.is_ok()).count(), 5);
+    let row = gate.report(1).pop().unwrap();
+    assert_eq!((row.used, row.refused, row.most), (5, 50, 55));
+}
+
 /// A connection counts once, however often it asks while it waits for room, whatever becomes of it; and each that is let in
 /// counts as that, whether there was a token for it or not.
 #[tokio::test(start_paused = true)]
