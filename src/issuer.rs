@@ -95,6 +95,11 @@ pub trait Issuer: fmt::Debug + Send + Sync + 'static {
         None
     }
 
+    /// Why what signs on this node cannot be replaced, and since when; `None` while it can, and where a server signs.
+    fn rotation_fault(&self) -> Option<(String, SystemTime)> {
+        None
+    }
+
     /// Sets the gauges that change with time alone, before they are read.
     fn before_scrape(&self) {}
 

@@ -134,24 +134,9 @@ impl AcceptGate for AuditedGate {
 }
 
 /// Says when memory or descriptors suffice for fewer callers than should always find some, and what is set and cannot be had.
-pub(super) fn say_what_fits(fitted: &Fitted, in_force: &LimitsInForce) {
-    for why in &in_force.wrong {
+pub(super) fn say_what_fits(in_force: &LimitsInForce) {
+    for why in in_force.wrong.iter().chain(&in_force.fewer_served) {
         tracing::warn!("{why}");
-    }
-    if let Some(callers) = fitted.gate.fewer_have_descriptors() {
-        tracing::warn!(
-            callers,
-            "there are few descriptors (LimitNOFILE, or ulimit -n): when they run short, only this many callers that hold nothing \
-             are sure to be served, and not 64"
-        );
-    }
-    if let Some(callers) = fitted.gate.fewer_fit() {
-        tracing::warn!(
-            budget = fitted.budget.bytes,
-            callers,
-            "the memory budget is small: when it runs short, only this many callers that hold nothing are sure to be served, and \
-             not 64"
-        );
     }
 }
 
@@ -169,13 +154,16 @@ pub(super) fn say_what_is_passed_over(config: &Config) {
     }
 }
 
-/// Whether an agent that has what this process has could hold what is set. Returns what of it gives way.
+/// Whether an agent that has what this process has could hold what is set. Returns what of it gives way, and what there is little
+/// of.
 ///
 /// # Errors
 /// [`RoomError`].
 pub fn room_for(config: &Config) -> Result<Vec<BeyondBudget>, RoomError> {
     let means = Means::of_this_process(http_listeners(config));
-    means.fit(config).map(|_| means.in_force(config).wrong)
+    let fitted = means.fit(config)?;
+    let LimitsInForce { wrong, fewer_served, .. } = means.in_force(config, &fitted);
+    Ok([wrong, fewer_served].concat())
 }
 
 /// Why the machine has no room for what is set.
@@ -259,10 +247,11 @@ impl Means {
         config.ratelimit.memory.budget(self.memory)
     }
 
-    /// What is set about limits, in words.
-    pub(super) fn in_force(self, config: &Config) -> LimitsInForce {
+    /// What is set about limits, in words, and what is `fitted` of it.
+    pub(super) fn in_force(self, config: &Config, fitted: &Fitted) -> LimitsInForce {
         let mut in_force = config.ratelimit.in_force(self.memory, set_at(config));
-        let MemoryBudget { bytes, from } = self.budget(config);
+        in_force.note_fewer_served(&fitted.gate);
+        let MemoryBudget { bytes, from } = fitted.budget;
         let whose = match from {
             // It was an error.
             BudgetFrom::Set => return in_force,

@@ -78,9 +78,9 @@ impl Replacing {
         let bounds = connection_bounds(next, parts.means);
         let told = next.issuer_input();
         let fitted = parts.means.fit(next)?;
-        let in_force = parts.means.in_force(next);
+        let in_force = parts.means.in_force(next, &fitted);
 
-        say_what_fits(&fitted, &in_force);
+        say_what_fits(&in_force);
         say_whom_to_distrust(next);
         say_what_is_passed_over(next);
         // From here on nothing fails. What the entries ask for is looked for before they are there.
@@ -154,7 +154,7 @@ pub(super) fn finish(agent: &mut Running, done: anyhow::Result<Reloaded>) -> Rel
                 entries_removed = removed,
                 entries_changed = changed,
                 bundles_changed = bundles,
-                settings_changed = changes.live.join(","),
+                settings_changed = Some(changes.live.join(",")).filter(|keys| !keys.is_empty()),
                 "reloaded"
             );
             let number = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);

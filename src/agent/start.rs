@@ -196,8 +196,8 @@ impl PreparedAgent {
         attestor.prepare_for(&index);
         attestor.wait(ANSWERS_WITHIN);
         let limits_set = SharedLimits::default();
-        let in_force = means.in_force(config);
-        say_what_fits(&fitted, &in_force);
+        let in_force = means.in_force(config, &fitted);
+        say_what_fits(&in_force);
         limits_set.set(in_force);
         say_whom_to_distrust(config);
         say_what_is_passed_over(config);

@@ -285,12 +285,6 @@ impl Watch {
         }
     }
 
-    /// How often the caller of this name may connect anew.
-    fn rate_of(&self, name: &BucketName) -> Option<String> {
-        let BucketName::Caller(caller) = name else { return None };
-        Some(self.gate.rate_of(*caller))
-    }
-
     fn accounted(&self) -> Accounted {
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
@@ -326,7 +320,8 @@ impl Watch {
         for event in self.limits.events() {
             match event {
                 Event::Refusing { what, with_family, times, takings } => {
-                    let WhatIsRefused { stage, name, method, reason, origin } = what;
+                    let rate = what.rate();
+                    let WhatIsRefused { stage, name, method, reason, origin, .. } = what;
                     let told = |count: fn(&Taking) -> u32| {
                         Some(foremost(&takings, count)).filter(|told| !told.is_empty())
                     };
@@ -338,11 +333,6 @@ impl Watch {
                             (Some(held.family.unwrap_or(held.own).1), self.gate.shares().bytes)
                         }
                         _ => (None, None),
-                    };
-                    let rate = match (reason, method) {
-                        (Reason::Rate, None) => self.rate_of(&name),
-                        (Reason::Rate, Some(method)) => self.limits.limit_of(&name, method),
-                        _ => None,
                     };
                     let by_default = (reason == Reason::Rate).then_some(origin == Origin::ByDefault);
                     // Nothing else makes a default refuse a call.

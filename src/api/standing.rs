@@ -16,7 +16,7 @@ use crate::{
     attest::Questions,
     identity::{Bundle, Entry, Selector, TrustDomain, bundle::Edition},
     issuer::{Issuer, SvidKind},
-    limits::LimitsInForce,
+    limits::{LimitsInForce, beyond_budget::BeyondBudget},
     peer::ConnectionStats,
     store::{JwtCache, Snapshot, Store, X509Cache},
     telemetry::{
@@ -112,6 +112,7 @@ impl AgentStanding {
         let limits = self.limits.get();
         let (failed_at, reload_errors) = self.failed_reload.get().unzip();
         let log = self.log.get();
+        let (last_error, failing_since) = self.issuer.rotation_fault().unzip();
         pb::StatusResponse {
             trust_domain: snapshot.bundles.own.trust_domain.to_string(),
             entries: count(snapshot.index.entries().len()),
@@ -128,6 +129,8 @@ impl AgentStanding {
                 x509_until: unix(ca.x509.1),
                 jwt_from: unix(ca.jwt.0),
                 jwt_until: unix(ca.jwt.1),
+                last_error: last_error.unwrap_or_default(),
+                failing_since: failing_since.map_or(0, unix),
             }),
             started: unix(self.started),
             pid: std::process::id().try_into().unwrap_or_default(),
@@ -140,7 +143,7 @@ impl AgentStanding {
             limits_wrong: limits.wrong.iter().map(ToString::to_string).collect(),
             streams: self.connections.streams(),
             parked: self.connections.parked(),
-            surroundings: self.found_in_spite_of(),
+            surroundings: self.found_in_spite_of(&limits.fewer_served),
             attestors_wrong,
             reload_failed: failed_at.map_or(0, unix),
             reload_errors: reload_errors.unwrap_or_default(),
@@ -152,8 +155,10 @@ impl AgentStanding {
         }
     }
 
-    fn found_in_spite_of(&self) -> Vec<String> {
-        self.found.borrow().iter().cloned().chain(self.full_connections()).collect()
+    fn found_in_spite_of(&self, fewer_served: &[BeyondBudget]) -> Vec<String> {
+        let found = self.found.borrow();
+        let fewer = fewer_served.iter().map(ToString::to_string);
+        found.iter().cloned().chain(fewer).chain(self.full_connections()).collect()
     }
 
     /// What is to be said of connections whose clients keep calls to themselves.

@@ -24,11 +24,12 @@ mod unlisted;
 
 use std::{sync::Arc, time::Instant};
 
-use self::{discovery::Discovery, names::Names};
 pub use self::{
+    discovery::BLIND,
     executable::ExecutableError,
     questions::{Account, UnixQuestions},
 };
+use self::{discovery::Discovery, names::Names};
 
 use super::{
     AttestFault, Blame, Questions,

@@ -145,7 +145,7 @@ fn signer(out: &mut String, told: &pb::StatusResponse, now: SystemTime) {
             row(out, "Last sync", &since(server.last_sync, now));
         }
     }
-    if let Some(ca) = told.ca {
+    if let Some(ca) = &told.ca {
         let age = |from: i64, until: i64| format!("{} old, {}", elapsed(from, now), ends(until, now));
         row(out, "X.509 CA", &age(ca.x509_from, ca.x509_until));
         row(out, "JWT key", &age(ca.jwt_from, ca.jwt_until));
@@ -185,6 +185,10 @@ fn wrong(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime) 
             .filter(|server| !server.waits_for.is_empty() && told.not_ready.contains(&server.waits_for));
         let since = of_server.map(|server| format!(" for {}", elapsed(server.waits_since, now)));
         wrong.push(format!("not ready{}: {}", since.unwrap_or_default(), told.not_ready));
+    }
+    if let Some(ca) = told.ca.as_ref().filter(|ca| !ca.last_error.is_empty()) {
+        let lasts = elapsed(ca.failing_since, now);
+        wrong.push(format!("for {lasts}: the issuer cannot rotate its keys: {}", ca.last_error));
     }
     // Else nobody knows yet which entries there are.
     let knows_entries = told.server.as_ref().is_none_or(|server| server.last_sync != 0);
@@ -281,11 +285,13 @@ fn to_json(told: &pb::StatusResponse, held: &pb::LimitsResponse) -> serde_json::
         "not_ready": text(&told.not_ready),
         "version": told.version,
         "jwt_svids": told.jwt_svids,
-        "ca": told.ca.map(|ca| json!({
+        "ca": told.ca.as_ref().map(|ca| json!({
             "x509_from": ca.x509_from,
             "x509_until": ca.x509_until,
             "jwt_from": ca.jwt_from,
             "jwt_until": ca.jwt_until,
+            "last_error": text(&ca.last_error),
+            "failing_since": time(ca.failing_since),
         })),
         "started": time(told.started),
         "pid": told.pid,

@@ -195,8 +195,9 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<Unsettled> {
         });
     let at = |(key, value, why)| Unsettled { at: config.set_at.of(key).cloned(), key, value, why };
     let of_key = |(key, why)| at((key, None, why));
+    let blind = config.is_blind(trust).map(|(key, why)| (key, why.to_owned()));
     let first = taken.chain(held).chain(nobody).chain(unread).map(of_key);
-    let then = to_join.chain(open_to_all).chain(forgets).chain(bound).chain(missing).map(of_key);
+    let then = to_join.chain(open_to_all).chain(forgets).chain(bound).chain(blind).chain(missing).map(of_key);
     first
         .chain(room.into_iter().map(at))
         .chain(then)

@@ -17,7 +17,7 @@ use super::{
     issuer::{JoinedServer, Signer},
 };
 use crate::{
-    attest::unix::may_look_at_executables,
+    attest::unix::{BLIND, may_look_at_executables},
     identity::{Bundle, bundle::MAX_LEN},
     issuer::{
         FileFault, IssuerChoice, check_data_dir, check_supplied_secret,
@@ -31,7 +31,7 @@ use crate::{
         sentence::said,
         trusted::{ClosedDir, PathError, Trust, TrustedDir, parent},
     },
-    peer::socket::is_listed_at,
+    peer::socket::is_taken,
     telemetry::http::can_bind,
 };
 
@@ -211,7 +211,7 @@ impl Config {
         };
         let admin = admin.map(|at| ("agent.admin_socket_path", at));
         let sockets = self.sockets().map(|(key, at)| (key, at.to_owned())).chain(admin);
-        let sockets = sockets.filter(|(_, at)| is_listed_at(at));
+        let sockets = sockets.filter(|(_, at)| is_taken(at));
         is_in_use.then(|| ("agent.data_dir", data_dir.to_owned())).into_iter().chain(sockets).collect()
     }
 
@@ -330,6 +330,15 @@ impl Config {
             })
         });
         open.collect()
+    }
+
+    /// That an agent of this process's user cannot look at what other users execute, where it is to. Of one that serves all users
+    /// it is a mistake, which [`Config::places`] says.
+    pub fn is_blind(&self, trust: Trust) -> Option<(&'static str, &'static str)> {
+        let ours = trust.user();
+        let is_ours = ours == geteuid().as_raw() && !lacks_capability(ours);
+        let is_blind = self.attest.unix.settings.discover_workload_path && !may_look_at_executables();
+        (is_ours && is_blind).then_some((DISCOVER, BLIND))
     }
 
     /// Why a node would not be known any more after a restart, where that is so.

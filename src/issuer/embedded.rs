@@ -21,7 +21,7 @@ mod x509;
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -63,6 +63,8 @@ pub struct EmbeddedIssuer {
     world: watch::Sender<Arc<World>>,
     heavy: Arc<Semaphore>,
     repair: Repair,
+    /// Written by whoever rotates.
+    fault: Mutex<Option<(String, SystemTime)>>,
 }
 
 impl EmbeddedIssuer {
@@ -85,6 +87,7 @@ impl EmbeddedIssuer {
             world: watch::Sender::new(Arc::new(world)),
             heavy: Arc::new(Semaphore::new(HEAVY_AT_ONCE)),
             repair: Repair::default(),
+            fault: Mutex::default(),
         })
     }
 
@@ -154,11 +157,11 @@ impl EmbeddedIssuer {
     }
 
     /// Rotates what is due; returns when to look again.
-    async fn rotate(&self, failing: &mut bool) -> SystemTime {
+    async fn rotate(&self) -> SystemTime {
         let (ca, now) = (Arc::clone(&self.ca), self.clock.now());
         // It may write to the disk, and make an RSA key.
         let done = tokio::task::spawn_blocking(move || ca.rotate(now)).await;
-        match done {
+        let (next, fault) = match done {
             Ok(Ok(rotation)) => {
                 if rotation.bundle_changed {
                     self.metrics.rotation.rotated();
@@ -169,18 +172,28 @@ impl EmbeddedIssuer {
                         *world = Arc::new(World { index, bundles, tainted });
                     });
                 }
-                say(failing, rotation.fault.as_ref());
-                rotation.next
+                (rotation.next, rotation.fault.map(|error| chain(&error)))
             }
-            Ok(Err(error)) => {
-                say(failing, Some(&error));
-                now + ROTATION_RETRY
-            }
-            Err(panic) => {
-                tracing::error!(%panic, "rotation of the issuer's keys ended early");
-                now + ROTATION_RETRY
-            }
+            Ok(Err(error)) => (now + ROTATION_RETRY, Some(chain(&error))),
+            Err(panic) => (now + ROTATION_RETRY, Some(chain(&panic))),
+        };
+        self.note(fault, now);
+        next
+    }
+
+    /// Keeps what a rotation failed of for those who ask, and says once that it fails, and once that it does no more.
+    fn note(&self, fault: Option<String>, now: SystemTime) {
+        let mut kept = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&fault, &*kept) {
+            (Some(error), None) => tracing::error!(error, "the issuer cannot rotate its keys; trying again"),
+            (None, Some(_)) => tracing::info!("the issuer rotates its keys again"),
+            (Some(_), Some(_)) | (None, None) => {}
         }
+        if fault.is_some() {
+            self.metrics.rotation_failed();
+        }
+        let since = kept.as_ref().map_or(now, |(_, since)| *since);
+        *kept = fault.map(|error| (error, since));
     }
 }
 
@@ -245,6 +258,10 @@ impl Issuer for EmbeddedIssuer {
         Some(self.ca.standing())
     }
 
+    fn rotation_fault(&self) -> Option<(String, SystemTime)> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn look_out(&self) -> Option<Lookout> {
         None
     }
@@ -267,10 +284,9 @@ impl Issuer for EmbeddedIssuer {
 
     fn run(self: Arc<Self>) -> BoxFuture<'static, Expelled> {
         Box::pin(async move {
-            let mut failing = false;
             loop {
                 let began = Instant::now();
-                let next = self.rotate(&mut failing).await;
+                let next = self.rotate().await;
                 self.metrics.rotation.set_due(Some(next));
                 self.repair.pause(began).await;
                 tokio::select! {
@@ -283,17 +299,6 @@ impl Issuer for EmbeddedIssuer {
                 }
             }
         })
-    }
-}
-
-/// Says once that rotation fails, and once that it does no more.
-fn say(failing: &mut bool, fault: Option<&IssuerError>) {
-    match (fault, std::mem::replace(failing, fault.is_some())) {
-        (Some(error), false) => {
-            tracing::error!(error = chain(error), "the issuer cannot rotate its keys; trying again");
-        }
-        (None, true) => tracing::info!("the issuer rotates its keys again"),
-        (Some(_), true) | (None, false) => {}
     }
 }
 
@@ -437,7 +442,7 @@ mod tests {
                 "{told}"
             );
         }
-        issuer.rotate(&mut false).await;
+        issuer.rotate().await;
         for (kind, _) in both {
             issuer.can_sign(kind).unwrap();
         }
@@ -452,7 +457,7 @@ mod tests {
         assert!(world.has_changed().unwrap());
         assert_eq!(world.borrow_and_update().bundles.own.x509_authorities.len(), 1);
         tokio::time::sleep(Duration::from_secs(13 * 3600)).await;
-        issuer.rotate(&mut false).await;
+        issuer.rotate().await;
         assert!(world.has_changed().unwrap());
         let world = world.borrow_and_update();
         assert_eq!(world.bundles.own.x509_authorities.len(), 2);
@@ -460,7 +465,7 @@ mod tests {
         let standing = issuer.ca().unwrap();
         assert_eq!(standing.edition.sequence, 2);
         assert_eq!(standing.bundle, world.bundles.own);
-        issuer.rotate(&mut false).await;
+        issuer.rotate().await;
         assert_eq!(issuer.ca().unwrap().edition.sequence, 2, "nothing has changed");
         let settings = issuer.ca.settings();
         let (clock, metrics) = (issuer.clock, Arc::clone(&issuer.metrics));

@@ -33,6 +33,7 @@ labels! {
 pub struct IssuerMetrics {
     signing_seconds: By<SvidKind, Histogram>,
     signing_failures: By<SvidKind, Counter>,
+    rotation_failures: Counter,
     /// Of the keys that sign.
     pub rotation: RotationMetrics,
 }
@@ -47,6 +48,11 @@ impl IssuerMetrics {
             ),
             signing_failures: registry
                 .counters("durward_signing_failures_total", "SVIDs that could not be signed."),
+            rotation_failures: registry.counter_once_used(
+                "durward_rotation_failures_total",
+                "Rotations that failed, and were tried again.",
+                &[(Rotated::KEY, Rotated::Issuer.text())],
+            ),
             rotation: RotationMetrics::new(registry, Rotated::Issuer),
         }
     }
@@ -59,6 +65,11 @@ impl IssuerMetrics {
     /// An SVID could not be signed.
     pub(super) fn signing_failed(&self, kind: SvidKind) {
         self.signing_failures.with(kind, |c| c.increment(1));
+    }
+
+    /// The next keys could not be made, or taken into use.
+    pub(super) fn rotation_failed(&self) {
+        self.rotation_failures.increment(1);
     }
 }
 
@@ -117,6 +128,8 @@ mod tests {
         issuer.signed(SvidKind::Jwt, Duration::from_micros(40));
         issuer.signing_failed(SvidKind::X509);
         issuer.rotation.rotated();
+        assert!(!all.render().contains("durward_rotation_failures_total{"));
+        issuer.rotation_failed();
         issuer.rotation.set_due(Some(at(1_000_060)));
         issuer.rotation.refresh(at(1_000_000));
         svids.refresh(at(1_000_000));
@@ -125,6 +138,7 @@ mod tests {
             r#"durward_signing_duration_seconds_count{kind="jwt"} 1"#,
             r#"durward_signing_duration_seconds_count{kind="x509"} 0"#,
             r#"durward_signing_failures_total{kind="x509"} 1"#,
+            r#"durward_rotation_failures_total{kind="issuer"} 1"#,
             r#"durward_rotations_total{kind="issuer"} 1"#,
             r#"durward_rotations_total{kind="x509_svid"} 0"#,
             r#"durward_rotation_due_seconds{kind="issuer"} 60"#,

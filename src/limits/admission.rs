@@ -171,10 +171,8 @@ impl Limits {
         let plan = ledger.plan();
         let choice = plan.caller.choose(&caller, method);
         let key = ledger.caller_key(&plan, caller, method, &choice);
-        let quota = match ledger.limit(choice.rule, plan.since.caller, ledger.now()).limit {
-            Limit::Quota(quota) => quota,
-            Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
-        };
+        let limit = ledger.limit(choice.rule, plan.since.caller, ledger.now()).limit;
+        let quota = limit.quota().unwrap_or(Quota::NOTHING_TAKEN);
         let who = || (caller_name(caller, &choice), method.rpc());
         ledger.callers().note_refused_anybody(ledger.now(), key, quota, who);
     }
@@ -406,10 +404,8 @@ impl Ledger {
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
         let costs = choice.rule.costs();
         let (mut held, mut allowed) = (None, Some(own));
-        let each = match limit {
-            Limit::Quota(quota) => quota.time_of(costs.answer()),
-            Limit::Exempt | Limit::Unlimited | Limit::Block => Duration::ZERO,
-        };
+        let quota = limit.quota();
+        let each = quota.map_or(Duration::ZERO, |quota| quota.time_of(costs.answer()));
         let lacking = |reason, TooFew { wait: retry_after, rest }| Scarcity {
             charged_as: own,
             reason,
@@ -417,6 +413,7 @@ impl Ledger {
             each,
             origin,
             rest,
+            quota,
         };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
@@ -504,6 +501,7 @@ impl Ledger {
             each: Duration::ZERO,
             origin: Origin::ByDefault,
             rest: Remainder::Nothing,
+            quota: None,
         };
         // What it holds it holds with its family.
         self.refuse(question, lack, || Some(BucketName::Caller(question.plan.families.head(caller))))
@@ -557,6 +555,7 @@ impl Ledger {
             each: Duration::ZERO,
             origin: Origin::ByDefault,
             rest: Remainder::Nothing,
+            quota: None,
         };
         // That all are busy is nobody's doing.
         self.refuse(&question, lack, || (stage == Stage::Caller).then_some(BucketName::Caller(caller)))?;

@@ -56,15 +56,26 @@ impl LimitSettings {
         if let Some(connections) = self.gate.places.connections() {
             let all = |streams| budget::connection_with(streams).saturating_mul(u64::from(connections));
             match set_at(STREAMS) {
-                Some(place) if all(streams) > budget => add(
-                    CONNECTIONS,
-                    connections,
-                    format!(
-                        "holds {} bytes with as many streams as may be open ({streams}), at {place}, and {whose} is {budget}: \
-                         lower one of them",
-                        all(streams)
-                    ),
-                ),
+                Some(place) if all(streams) > budget => {
+                    let most = budget / budget::connection_with(streams);
+                    // Fewer than are in reserve there cannot be.
+                    let lower = most > u64::from(self.gate.places.reserve());
+                    let right = match ConnectionSettings::STREAMS.rev().find(|fit| all(*fit) <= budget) {
+                        Some(fit) if lower => format!("it must be at most {most}, or streams at most {fit}"),
+                        Some(fit) => format!("streams must be at most {fit}"),
+                        None if lower => format!("it must be at most {most}"),
+                        None => format!("it must be at most {most}, and reserve lower"),
+                    };
+                    add(
+                        CONNECTIONS,
+                        connections,
+                        format!(
+                            "holds {} bytes with as many streams as may be open ({streams}), at {place}, and {whose} is {budget}: \
+                             {right}",
+                            all(streams)
+                        ),
+                    );
+                }
                 None if all(1) > budget => add(
                     CONNECTIONS,
                     connections,

@@ -592,6 +592,7 @@ impl SharedGate {
         {
             let who = || (BucketName::Caller(caller), "connections");
             state.rates.note_refused_anybody(now, key, quota.unwrap_or(Quota::NOTHING_TAKEN), who);
+            state.rates.note_asked(now, key, attempt);
             return Err(ConnectionRefusal::CallerConnections);
         }
         let Some(quota) = quota else { return Ok(None) };

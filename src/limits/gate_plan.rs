@@ -86,7 +86,7 @@ pub struct GatePlan {
     /// Somebody set how many connections there are; else it is by descriptors.
     pub(super) most_is_set: bool,
     /// As many as should be kept, were there connections enough.
-    asked_reserve: u32,
+    pub(super) asked_reserve: u32,
     pub(super) admin: u32,
     /// Bytes.
     pub(super) budget: u64,
@@ -170,12 +170,12 @@ impl GatePlan {
     }
 
     /// How many such callers there are, where the budget has room for fewer than there should be.
-    pub fn fewer_fit(&self) -> Option<u32> {
+    pub(super) fn fewer_fit(&self) -> Option<u32> {
         Some(self.reserved()).filter(|fit| *fit < self.reserve.min(GatePlaces::RESERVE))
     }
 
     /// How many there are, where the process has descriptors for fewer connections than that takes.
-    pub fn fewer_have_descriptors(&self) -> Option<u32> {
+    pub(super) fn fewer_have_descriptors(&self) -> Option<u32> {
         let fewer = !self.most_is_set && self.reserve < self.asked_reserve.min(GatePlaces::RESERVE);
         fewer.then_some(self.reserve)
     }

@@ -10,7 +10,7 @@ use super::{
     out_of_room::OutOfRoom,
     refusal::{ChargedAs, ConnectionRefusal, Reason, Stage},
     report::{BucketName, WhatIsRefused},
-    rule::{Limit, Origin},
+    rule::Origin,
 };
 
 impl SharedGate {
@@ -18,10 +18,7 @@ impl SharedGate {
     pub(super) fn note_refused(&self, it: &Arriving<'_>, refusal: ConnectionRefusal, state: &mut GateState) {
         // That one is noted where it arises, in a rehearsal too.
         if refusal != ConnectionRefusal::CallerConnections {
-            let quota = match it.rule.limit() {
-                Limit::Quota(quota) => quota,
-                Limit::Block | Limit::Exempt | Limit::Unlimited => Quota::NOTHING_TAKEN,
-            };
+            let quota = it.rule.limit().quota().unwrap_or(Quota::NOTHING_TAKEN);
             let who = || (BucketName::Caller(it.caller), "connections");
             state.rates.note_refused_anybody(it.now, self.key(it.plan, it.caller), quota, who);
         }
@@ -31,10 +28,13 @@ impl SharedGate {
     /// Counts and tells a refusal.
     pub(super) fn refused(&self, refusal: ConnectionRefusal, caller: CallerKey, now: u64) {
         self.count(refusal, caller, Decision::Refused);
-        if let Some((stage @ Stage::Gate, reason)) = refusal.by_stage() {
+        // What is for want of room is told otherwise.
+        if let Some((stage, reason)) = refusal.by_stage().filter(|_| refusal.is_callers_own()) {
             let name = BucketName::Caller(caller).charged_as(charged_as(refusal, stage, caller));
-            let what = WhatIsRefused { stage, name, method: None, reason, origin: Origin::Set };
-            self.ledger.refusing().note(now, what, &self.plan.load().families);
+            let plan = self.plan.load();
+            let quota = plan.rule(&caller).limit().quota().filter(|_| reason == Reason::Rate);
+            let what = WhatIsRefused { stage, name, method: None, reason, origin: Origin::Set, quota };
+            self.ledger.refusing().note(now, what, &plan.families);
         }
         self.want(refusal);
     }

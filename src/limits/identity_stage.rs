@@ -105,12 +105,10 @@ impl Ledger {
         let caller_exempt = of.caller_exempt;
         let CallToSpare { method, taker, now, nth, .. } = *call;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { ChargedAs::SpiffeId };
-        let each = match limit {
-            Limit::Quota(quota) => quota.time_of(choice.rule.costs().answer()),
-            Limit::Exempt | Limit::Unlimited | Limit::Block => Duration::ZERO,
-        };
+        let quota = limit.quota();
+        let each = quota.map_or(Duration::ZERO, |quota| quota.time_of(choice.rule.costs().answer()));
         let lacking = |reason, TooFew { wait: retry_after, rest }| {
-            Some(Scarcity { charged_as: own, reason, retry_after, each, origin, rest })
+            Some(Scarcity { charged_as: own, reason, retry_after, each, origin, rest, quota })
         };
         let quota = match limit {
             // Exempt is from every bucket; what is blocked is blocked.

@@ -4,7 +4,7 @@ use super::{
     beyond_budget::{BeyondBudget, MEMORY_LIMIT, RESERVE},
     bucket::Quota,
     budget::{BudgetFrom, MemoryBounds},
-    gate_plan::newcomers_within,
+    gate_plan::{GatePlan, newcomers_within},
     gate_settings::{GatePlaces, GateRule},
     method::Method,
     policy::Layers,
@@ -28,6 +28,28 @@ pub struct LimitsInForce {
     pub dry_run: bool,
     /// What is set and cannot be had.
     pub wrong: Vec<BeyondBudget>,
+    /// Why fewer callers than should be are sure to be served.
+    pub fewer_served: Vec<BeyondBudget>,
+}
+
+impl LimitsInForce {
+    /// Notes why fewer callers than should be are sure to be served by this plan, where it is so.
+    pub fn note_fewer_served(&mut self, plan: &GatePlan) {
+        let sure = |callers| format!("only {callers} callers that hold nothing are sure to be served");
+        let of_descriptors = plan.fewer_have_descriptors().map(|callers| {
+            let sure = sure(callers);
+            format!("there are few descriptors (LimitNOFILE, or ulimit -n): when they run short, {sure}")
+        });
+        let of_memory = plan.fewer_fit().map(|callers| {
+            format!(
+                "the memory budget, {} bytes, is small: when it runs short, {}",
+                plan.budget,
+                sure(callers)
+            )
+        });
+        let told = |why| BeyondBudget { key: RESERVE, value: plan.asked_reserve.into(), why };
+        self.fewer_served = of_descriptors.into_iter().chain(of_memory).map(told).collect();
+    }
 }
 
 impl LimitSettings {
@@ -74,6 +96,7 @@ impl LimitSettings {
             millicores: self.node.cpu.millicores(),
             dry_run: self.dry_run,
             wrong,
+            fewer_served: Vec::new(),
         }
     }
 

@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use super::{
     ask::{BucketKey, Hasher, HeldTokens},
     attempt::Attempt,
-    bucket::Shortfall,
+    bucket::{Quota, Shortfall},
     caller::{CallerKey, Families, NthCall},
     caller_pattern::CallerPattern,
     counters::{Counters, Decision},
@@ -136,6 +136,8 @@ pub(super) struct Scarcity {
     pub(super) each: Duration,
     pub(super) origin: Origin,
     pub(super) rest: Remainder,
+    /// Of the bucket, where tokens are short.
+    pub(super) quota: Option<Quota>,
 }
 
 impl Scarcity {
@@ -360,7 +362,7 @@ impl Ledger {
         name: impl FnOnce() -> Option<BucketName>,
     ) -> Result<(), Refusal> {
         let Question { plan, stage, method, dry, attempt } = *question;
-        let Scarcity { charged_as, reason, retry_after, each, origin, rest } = lack;
+        let Scarcity { charged_as, reason, retry_after, each, origin, rest, quota } = lack;
         if dry {
             self.counters.count(stage, Some(method), charged_as, Decision::WouldRefuse(reason));
             return Ok(());
@@ -386,7 +388,7 @@ impl Ledger {
         if attempt.ends(&refusal) {
             self.counters.count(stage, Some(method), charged_as, Decision::Refused(reason));
             if let Some(name) = name() {
-                let what = WhatIsRefused { stage, name, method: Some(method), reason, origin };
+                let what = WhatIsRefused { stage, name, method: Some(method), reason, origin, quota };
                 self.refusing().note(self.now(), what, &plan.families);
             }
         }
@@ -424,6 +426,7 @@ impl Ledger {
             each: quota.time_of(1),
             origin,
             rest,
+            quota: Some(quota),
         };
         let done = self.refuse(&question, lack, || Some(BucketName::Node));
         if attempt.counts(&done) {

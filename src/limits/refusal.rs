@@ -86,12 +86,20 @@ labels! {
 impl ConnectionRefusal {
     /// Whether it is by limits that are the caller's own: who comes back at once comes back for nothing.
     pub fn is_callers_own(self) -> bool {
-        self.by_stage().is_some_and(|(stage, _)| stage == Stage::Gate)
+        self.by_stage().is_some() && !self.is_soft()
     }
 
     /// Whether it is for want of room: nobody set it, and it may pass by itself.
     pub fn is_soft(self) -> bool {
-        self.by_stage().is_some_and(|(stage, _)| stage == Stage::Node)
+        match self {
+            Self::NodeConnections
+            | Self::Descriptors
+            | Self::Memory
+            | Self::MemoryTaken
+            | Self::Processor => true,
+            Self::Blocked | Self::CallerConnections | Self::CallerRate | Self::OverflowRate => false,
+            Self::Unidentified | Self::NotOwner | Self::AdminConnections => false,
+        }
     }
 
     /// What the rate limits' own series say of it: by which stage, and why. `None` where no stage was asked.
@@ -99,9 +107,9 @@ impl ConnectionRefusal {
         match self {
             Self::Blocked => Some((Stage::Gate, Reason::Blocked)),
             Self::CallerConnections => Some((Stage::Gate, Reason::Connections)),
-            Self::CallerRate | Self::OverflowRate => Some((Stage::Gate, Reason::Rate)),
+            // The rate is the caller's own, whoever set it.
+            Self::CallerRate | Self::OverflowRate | Self::Processor => Some((Stage::Gate, Reason::Rate)),
             Self::NodeConnections | Self::Descriptors => Some((Stage::Node, Reason::Connections)),
-            Self::Processor => Some((Stage::Node, Reason::Rate)),
             Self::Memory | Self::MemoryTaken => Some((Stage::Node, Reason::Memory)),
             Self::Unidentified | Self::NotOwner | Self::AdminConnections => None,
         }

@@ -12,6 +12,7 @@ use super::{
     caller::{CallerKey, Families},
     caller_pattern::CallerPattern,
     id_pattern::IdPattern,
+    in_force::limit_text,
     method::Method,
     refusal::{ChargedAs, Reason, Stage},
     rule::{Limit, Origin},
@@ -195,6 +196,15 @@ pub struct WhatIsRefused {
     pub reason: Reason,
     /// Whose word the limit is.
     pub origin: Origin,
+    /// The limit that refused last, where tokens were short: they are not told apart by it.
+    pub quota: Option<Quota>,
+}
+
+impl WhatIsRefused {
+    /// The limit that refused, in words.
+    pub fn rate(&self) -> Option<String> {
+        Some(limit_text(Limit::Quota(self.quota?)))
+    }
 }
 
 /// Names those of whom `count` is highest, with it: `uid:7 400, uid:8 3`.
@@ -234,7 +244,7 @@ struct Listed {
 impl Listed {
     /// Whether this is refused in the same way, of the same bucket or of one of the same family.
     fn tells_of(&self, what: &WhatIsRefused, head: Option<CallerKey>) -> bool {
-        let WhatIsRefused { stage, name, method, reason, origin } = &self.what;
+        let WhatIsRefused { stage, name, method, reason, origin, quota: _ } = &self.what;
         (*stage, *method, *reason, *origin) == (what.stage, what.method, what.reason, what.origin)
             && if head.is_some() { self.head == head } else { *name == what.name }
     }
@@ -250,6 +260,7 @@ impl Refusing {
         if let Some(listed) = self.listed.iter_mut().find(|it| it.tells_of(&what, head)) {
             listed.count += 1;
             listed.last = now;
+            listed.what.quota = what.quota;
             listed.with_family |= listed.what.name != what.name;
         } else if self.listed.len() < LISTED {
             let with_family = false;
@@ -296,6 +307,7 @@ mod tests {
             method: Some(method),
             reason: Reason::Rate,
             origin: Origin::Set,
+            quota: None,
         }
     }
 

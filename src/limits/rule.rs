@@ -15,6 +15,16 @@ pub enum Limit {
     Block,
 }
 
+impl Limit {
+    /// Of a bucket, if it has one.
+    pub(super) fn quota(self) -> Option<Quota> {
+        match self {
+            Self::Quota(quota) => Some(quota),
+            Self::Unlimited | Self::Exempt | Self::Block => None,
+        }
+    }
+}
+
 /// Whose word a limit is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {

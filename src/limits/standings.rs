@@ -7,7 +7,6 @@ use super::{
     budget::Accounted,
     caller::CallerKey,
     identity_stage::identity_name,
-    in_force::limit_text,
     ledger::LimitNow,
     method::Method,
     refusal::Stage,
@@ -148,14 +147,6 @@ impl Limits {
                 BucketName::Node => plan.node_dry,
                 BucketName::WithoutBucket => false,
             }
-    }
-
-    /// The limit of the bucket of this name, in words; `None` where there is none, or no longer.
-    pub fn limit_of(&self, name: &BucketName, method: Method) -> Option<String> {
-        match self.standing(name, method)? {
-            Standing::Tokens { quota, .. } => Some(limit_text(Limit::Quota(quota))),
-            Standing::Unlimited | Standing::Exempt | Standing::Blocked => None,
-        }
     }
 
     fn is_in_overflow(&self, key: BucketKey, quota: Quota) -> bool {

@@ -365,6 +365,14 @@ impl Table {
         self.note_refused(key, None);
     }
 
+    /// Counts for people that a known key asked for something that its bucket was not asked for.
+    pub(super) fn note_asked(&mut self, now: u64, key: BucketKey, attempt: Attempt) {
+        let now = self.tick(now);
+        if let Some(cell) = self.find(key.hash) {
+            cell.is_asked(now, attempt);
+        }
+    }
+
     /// Whether a key has a bucket of its own.
     pub(super) fn knows(&self, key: BucketKey) -> bool {
         find(&self.index, &self.cells, key.hash).is_some()

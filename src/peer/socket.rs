@@ -494,14 +494,28 @@ pub fn is_listened_at(path: &Path) -> bool {
     matches!(tried(path), Ok(()) | Err(Errno::EAGAIN))
 }
 
-/// Whether the kernel lists a socket that listens and was bound as `path`. Connects to none: that could start something.
-pub fn is_listed_at(path: &Path) -> bool {
+/// Whether somebody listens at `path`. Connects only to what the kernel does not list by a name from which it can be told: what
+/// systemd holds is listed by one, and to connect would start its service.
+pub fn is_taken(path: &Path) -> bool {
+    is_listed_at(path) || is_listened_at(path)
+}
+
+/// Whether the kernel lists a socket that listens and was bound as `path`, or by another whole name of what stands there.
+fn is_listed_at(path: &Path) -> bool {
     const LISTENS: &[u8] = b"00010000";
     let Ok(list) = std::fs::read("/proc/net/unix") else { return false };
+    let here = standing_at(path);
+    let is_another_name = |name: &Path| {
+        name.is_absolute()
+            && name.file_name() == path.file_name()
+            && here.is_some()
+            && standing_at(name) == here
+    };
     list.split(|byte| *byte == b'\n').any(|line| {
         let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
         fields.nth(3) == Some(LISTENS)
-            && line.strip_suffix(path.as_os_str().as_bytes()).is_some_and(|before| before.ends_with(b" "))
+            && (line.strip_suffix(path.as_os_str().as_bytes()).is_some_and(|before| before.ends_with(b" "))
+                || fields.next_back().is_some_and(|name| is_another_name(Path::new(OsStr::from_bytes(name)))))
     })
 }
 

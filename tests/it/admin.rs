@@ -9,6 +9,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicI64, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -109,7 +110,7 @@ async fn status_tells_who_signs() {
     let got = admin.status(pb::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((&*got.trust_domain, got.entries, got.bundles), (TRUST_DOMAIN, 1, 1));
     assert_eq!((got.server.as_ref(), &*got.version), (None, env!("CARGO_PKG_VERSION")));
-    let ca = got.ca.expect("a CA of this node signs");
+    let ca = got.ca.as_ref().expect("a CA of this node signs");
     assert!(ca.x509_from < ca.x509_until && ca.jwt_from < ca.jwt_until, "{ca:?}");
     // Certificates are valid from some seconds before; that is no age.
     assert!(ca.x509_from >= before && ca.jwt_from >= before, "{ca:?} {before}");
@@ -119,6 +120,43 @@ async fn status_tells_who_signs() {
     let agent = Agent::start(&blocks);
     let got = agent.admin().await.status(pb::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!(got.limits_set, ["caller, each method: 20 a second, 40 at once"]);
+}
+
+/// With half of its life left, a CA signs on; that there will be no next one is told all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_issuer_that_cannot_make_its_next_keys_is_told() {
+    static OFFSET: AtomicI64 = AtomicI64::new(0);
+    const HOUR: i64 = 3600;
+    let private = tempfile::tempdir().unwrap();
+    let agent = TestAgent::with(&with_admin(&private, &entry("/web", "")), Clock::set_by(&OFFSET));
+    let (mut client, socket) = (agent.client().await, private.path().join("admin/admin.sock"));
+    let status = || -> (Vec<String>, Value) {
+        let (out, _, _) = durward(Path::new(PROGRAM), None, &["status", "-output", "json"], &socket);
+        let json: Value = serde_json::from_str(&out).unwrap();
+        let wrong = json["wrong"].as_array().unwrap().iter().map(|it| it.as_str().unwrap().to_owned());
+        (wrong.collect(), json["ca"].clone())
+    };
+    assert_eq!(status().1["last_error"], Value::Null);
+
+    let in_the_way = agent.dir.path().join("data/issuer.json.new");
+    fs::create_dir(&in_the_way).unwrap();
+    // The first call for which no key is valid has it try.
+    OFFSET.store(25 * HOUR, Relaxed);
+    client.fetch_jwtsvid(request(jwt_request())).await.unwrap_err();
+    OFFSET.store(13 * HOUR, Relaxed);
+    let (wrong, ca) = status();
+    let path = in_the_way.display();
+    let said = format!("the issuer cannot rotate its keys: cannot write {path}: is a directory");
+    assert!(wrong.iter().any(|it| it.starts_with("for ") && it.ends_with(&said)), "{wrong:?}");
+    assert!(said.ends_with(ca["last_error"].as_str().unwrap()) && ca["failing_since"].is_i64(), "{ca}");
+
+    fs::remove_dir(&in_the_way).unwrap();
+    OFFSET.store(25 * HOUR, Relaxed);
+    let audience = vec!["another".to_owned()];
+    client.fetch_jwtsvid(request(JwtsvidRequest { audience, ..jwt_request() })).await.unwrap();
+    let (wrong, ca) = status();
+    assert!(!wrong.iter().any(|it| it.contains("cannot rotate")), "{wrong:?}");
+    assert_eq!((&ca["last_error"], &ca["failing_since"]), (&Value::Null, &Value::Null));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -234,6 +234,27 @@ async fn a_limit_above_the_cgroups_does_not_count() {
     assert!(status.contains("Wrong:        nothing"), "{status}");
 }
 
+/// The log, the status and the check say it alike.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_budget_for_fewer_than_64_callers_is_told() {
+    const WANT: &str = "ratelimit.gate.reserve 64: the memory budget, 8388608 bytes";
+    let place = Place::with("memory { limit = \"8MiB\" }");
+    let mut agent = Process::spawn(place.dir());
+    let _client = agent.serving(place.dir()).await;
+    place.told(&["status"], WANT);
+    let callers = format!("{WANT}, is small: when it runs short, only 25 callers that hold nothing are sure");
+    assert!(place.log().contains(&callers), "{}", place.log());
+    let check = |place: &Place| {
+        let config = place.dir().join("agent.conf");
+        text(&Command::new(PROGRAM).args(["validate", "--config"]).arg(config).output().unwrap())
+    };
+    let said = check(&place);
+    assert!(said.contains(&callers), "{said}");
+    place.set("memory { limit = \"24MiB\" }");
+    let said = check(&place);
+    assert!(!said.contains("gate.reserve"), "{said}");
+}
+
 /// What starts a command on a machine that says to have so much memory, as far as `/proc` tells; `None` where nobody may do that.
 fn on_machine(mib: u64, at: &Path) -> Option<Vec<String>> {
     let meminfo = at.join(format!("meminfo.{mib}"));

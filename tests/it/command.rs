@@ -325,6 +325,7 @@ fn without_an_admin_socket_a_reload_is_a_signal_where_that_is_asked_for() {
         assert!(began.elapsed() < PATIENCE, "{}", agent.log());
         thread::sleep(Duration::from_millis(20));
     }
+    assert!(!agent.log().contains("settings_changed"), "none has: {}", agent.log());
     let (code, _, err) = said(&durward(&[&nowhere[..], &["--or-signal", "-1"]].concat(), &[]));
     assert_eq!(code, Some(1), "no other process is meant: {err}");
 }

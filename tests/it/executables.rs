@@ -297,6 +297,12 @@ async fn an_unreadable_executable_is_no_line_for_each_call() {
         let log = fs::read_to_string(dir.path().join("log")).unwrap();
         assert_eq!(log.matches("CAP_SYS_PTRACE").count(), lines, "{case}: {log}");
         assert!(!log.contains("attestation failed"), "{case}: {log}");
+        let mut check = Command::new(words[0]);
+        check.args(&words[1..]).args([OWN, "validate", "--config"]).arg(dir.path().join("agent.conf"));
+        let checked = check.output().unwrap();
+        let said = String::from_utf8_lossy(&checked.stderr).into_owned();
+        let is_warned = said.contains("discover_workload_path: the agent has no CAP_SYS_PTRACE");
+        assert!(checked.status.success() && is_warned == (lines > 0), "{case}: {said}");
     }
 }
 

@@ -180,6 +180,23 @@ async fn the_most_in_a_second_is_known() {
     assert!(most() >= 200, "and stays known");
 }
 
+/// By that number an admin chooses a rate, whatever refuses meanwhile.
+#[tokio::test(start_paused = true)]
+async fn connections_beyond_their_number_count_in_the_busiest_second() {
+    let settings = LimitSettings {
+        gate: GateSettings {
+            rules: rules(GateRule { connections: Some(number(5)), ..GateRule::default() }),
+            ..GateSettings::default()
+        },
+        ..open()
+    };
+    let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits(&settings));
+    let tries: Vec<_> = (0..55).map(|_| gate.open(CallerKey::Uid(1))).collect();
+    assert_eq!(tries.iter().filter(|it| it.is_ok()).count(), 5);
+    let row = gate.report(1).pop().unwrap();
+    assert_eq!((row.used, row.refused, row.most), (5, 50, 55));
+}
+
 /// A connection counts once, however often it asks while it waits for room, whatever becomes of it; and each that is let in
 /// counts as that, whether there was a token for it or not.
 #[tokio::test(start_paused = true)]
@@ -710,6 +727,41 @@ async fn counters_hold_no_name_of_a_caller() {
     assert!(series < 1000, "{series} series, registered once");
 }
 
+/// Not that which a reload, or a window, has set since.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_told_with_the_limit_that_refused() {
+    let few = quota(1.0, 5);
+    for (case, settings) in [
+        ("caller", LimitSettings { caller: layers(few), ..open() }),
+        ("identity", LimitSettings { identity: layers(few), ..open() }),
+        ("node", LimitSettings { node: node(Some(Quota::new(1.0, Per::Second, 5).unwrap())), ..open() }),
+        (
+            "gate",
+            LimitSettings {
+                gate: GateSettings {
+                    rules: rules(GateRule { rate: Some(few), ..GateRule::default() }),
+                    ..GateSettings::default()
+                },
+                ..open()
+            },
+        ),
+    ] {
+        let limits = limits(&settings);
+        let plan = |settings| GatePlan::new(settings, 1 << 20, AMPLE).unwrap();
+        let gate = Gate::new(plan(&settings), &limits);
+        let _open: Vec<_> = (0..6).map(|_| gate.open(CallerKey::Uid(1))).collect();
+        for _ in 0..6 {
+            drop(call(&limits, 1, JWT, &entries(&["web"])));
+        }
+        limits.reload(&open());
+        gate.reload(plan(&open()));
+        let told = limits.events();
+        let [Event::Refusing { what, times: 1, .. }] = &told[..] else { panic!("{case}: {told:?}") };
+        let of = (what.stage.text(), what.origin, what.rate());
+        assert_eq!(of, (case, Origin::Set, Some("1 a second, 5 at once".to_owned())));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn refusals_are_told_when_they_begin_and_end() {
     let limits = limits(&LimitSettings { caller: layers(quota(1.0, 10)), ..open() });
@@ -719,7 +771,7 @@ async fn refusals_are_told_when_they_begin_and_end() {
     }
     let name = |event: &Event| match event {
         Event::Refusing { what, times, .. } => {
-            format!("{} {} {times}: {:?}", what.stage.text(), what.name, limits.limit_of(&what.name, JWT))
+            format!("{} {} {times}: {:?}", what.stage.text(), what.name, what.rate())
         }
         Event::RefusalEnded { what, count, .. } => format!("end {} {} {count}", what.stage.text(), what.name),
         Event::RefusalsUnlisted { count } => format!("unlisted {count}"),
@@ -1551,8 +1603,8 @@ fn notice(permit: &ConnectionPermit) -> Option<Notice> {
 /// By default there is no number, and none is refused for want of tokens, while there is room.
 #[tokio::test(start_paused = true)]
 async fn what_nobody_set_binds_without_room_alone() {
-    let settings = LimitSettings::default();
-    let limits = limits(&settings);
+    let (settings, recorder) = (LimitSettings::default(), PrometheusBuilder::new().build_recorder());
+    let limits = Limits::new(&settings, Clock::SYSTEM, Registry::new(&recorder));
     let gate = Gate::new(GatePlan::new(&settings, 1 << 20, AMPLE).unwrap(), &limits);
     let caller = CallerKey::Uid(1);
     let held: Vec<ConnectionPermit> = (0..1_000).map_while(|_| gate.open(caller).ok()).collect();
@@ -1565,6 +1617,15 @@ async fn what_nobody_set_binds_without_room_alone() {
     assert_eq!(gate.rate_of(caller), "100 a second, 200 at once");
     assert!(refused.is_some_and(ConnectionRefusal::is_soft));
     assert_eq!((gate.wanting(), gate.wanting()), (1, 0));
+    assert_eq!(limits.events(), [], "once");
+    let counted = text_of(&recorder);
+    let counted: Vec<_> =
+        counted.iter().filter(|(name, count)| name.contains("exceeded_total") && **count > 0.0).collect();
+    let [(series, 1.0)] = counted[..] else { panic!("{counted:?}") };
+    assert!(
+        series.contains(r#"stage="gate""#) && series.contains(r#"key_type="uid""#),
+        "whose it is: {series}"
+    );
     assert!(gate.open(CallerKey::Uid(2)).is_ok(), "it has tokens");
     advance(Duration::from_millis(10)).await;
     assert!(gate.open(caller).is_ok(), "and it has one again");

@@ -5,10 +5,13 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
-    os::unix::{
-        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, lchown, symlink},
-        net::UnixStream,
-        process::CommandExt as _,
+    os::{
+        fd::AsRawFd as _,
+        unix::{
+            fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown, lchown, symlink},
+            net::{UnixListener, UnixStream},
+            process::CommandExt as _,
+        },
     },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -235,6 +238,31 @@ async fn validate_tells_what_a_living_agent_holds() {
     agent.signal(Signal::SIGKILL);
     agent.wait();
     assert!(!warnings().contains("in use"), "{}", warnings());
+
+    // Whoever listens there, by whatever name, is in the way of a start.
+    let (socket, run) = (dir.path().join("run/api.sock"), dir.path().join("run"));
+    let is_told = || {
+        let said = warnings();
+        assert!(!said.contains("admin.sock"), "{said}");
+        said.contains(&format!("{} is in use now", socket.display()))
+    };
+    fs::remove_file(&socket).unwrap();
+    let way = dir.path().join("way");
+    symlink(&run, &way).unwrap();
+    let listener = UnixListener::bind(way.join("api.sock")).unwrap();
+    assert!(is_told());
+    listener.set_nonblocking(true).unwrap();
+    let connected = listener.accept().map(|_| ()).map_err(|error| error.kind());
+    assert_eq!(connected, Err(std::io::ErrorKind::WouldBlock), "to connect could start something");
+    drop(listener);
+    fs::remove_file(&socket).unwrap();
+
+    let opened = fs::File::open(&run).unwrap();
+    let own_name = format!("/proc/self/fd/{}/api.sock", opened.as_raw_fd());
+    let listener = UnixListener::bind(own_name).unwrap();
+    assert!(is_told());
+    drop(listener);
+    assert!(!is_told(), "it is dead");
 }
 
 /// Who validates does it for the user whom the service manager gave `data_dir`, and is told so. An agent of root's own does

@@ -649,7 +649,19 @@ fn mistakes_say_what_would_be_right() {
             "streams of connections beyond the budget",
             "gate { connections = 100 connection { streams = 100 } } memory { limit = \"24MiB\" }",
             "20: ratelimit.gate.connections 100: holds 64204800 bytes with as many streams as may be open (100), at \
-             agent.conf:2:51, and memory.limit is 25165824: lower one of them",
+             agent.conf:2:51, and memory.limit is 25165824: streams must be at most 36",
+        ),
+        (
+            "the same with a small reserve",
+            "gate { connections = 100 reserve = 8 connection { streams = 100 } } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.connections 100: holds 64204800 bytes with as many streams as may be open (100), at \
+             agent.conf:2:63, and memory.limit is 25165824: it must be at most 39, or streams at most 36",
+        ),
+        (
+            "connections of which none has room for a stream",
+            "gate { connections = 1000 connection { streams = 2 } } memory { limit = \"24MiB\" }",
+            "20: ratelimit.gate.connections 1000: holds 39936000 bytes with as many streams as may be open (2), at \
+             agent.conf:2:52, and memory.limit is 25165824: it must be at most 630",
         ),
         (
             "a reserve beyond the budget",
@@ -720,6 +732,15 @@ fn mistakes_say_what_would_be_right() {
         ),
     ] {
         assert_eq!(settings(inner).err(), Some(format!("agent.conf:2:{want}")), "{case}");
+    }
+    // What is named as right is.
+    for gate in [
+        "connections = 100 connection { streams = 36 }",
+        "connections = 39 reserve = 8 connection { streams = 100 }",
+        "connections = 630 connection { streams = 2 }",
+    ] {
+        let told = settings(&format!("gate {{ {gate} }} memory {{ limit = \"24MiB\" }}"));
+        assert_eq!(told.err(), None, "{gate}");
     }
 }
 

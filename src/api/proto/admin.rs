@@ -407,7 +407,7 @@ pub struct StatusResponse {
     pub limits_wrong: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Times are in seconds since 1970.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CaStatus {
     /// Of the certificate that signs X.509-SVIDs: when it was made, and until when it is valid.
     #[prost(int64, tag = "1")]
@@ -419,6 +419,11 @@ pub struct CaStatus {
     pub jwt_from: i64,
     #[prost(int64, tag = "4")]
     pub jwt_until: i64,
+    /// Why these cannot be replaced, and since when. Empty while they can.
+    #[prost(string, tag = "5")]
+    pub last_error: ::prost::alloc::string::String,
+    #[prost(int64, tag = "6")]
+    pub failing_since: i64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EntriesRequest {

@@ -25,6 +25,11 @@ use crate::{
     limits::processor::ProcessorShare,
 };
 
+/// What an agent lacks that may not look at the executables of other users.
+pub const BLIND: &str = "the agent has no CAP_SYS_PTRACE: it cannot tell what the processes of other users execute, and calls \
+                         for which an entry asks for unix:path or unix:sha256 are Unavailable; with systemd, \
+                         discover-workload-path.conf gives it the capability";
+
 /// Finds out about executables. Cheap to clone, all clones are one.
 #[derive(Clone, Default)]
 pub(super) struct Discovery {
@@ -41,11 +46,7 @@ impl Discovery {
         }
         self.threads.start();
         if !*executable::MAY_TRACE {
-            tracing::warn!(
-                "discover_workload_path is true, but the agent has no CAP_SYS_PTRACE: it cannot tell what the \
-                 processes of other users execute, and calls for which an entry asks for unix:path or unix:sha256 are \
-                 Unavailable; with systemd, discover-workload-path.conf gives it the capability"
-            );
+            tracing::warn!("discover_workload_path is true, but {BLIND}");
         }
     }
 
