@@ -407,7 +407,7 @@ mod tests {
                         drop(unread.remove(0));
                     }
                     assert!(upload.poll_goes_on(&cx()).is_ready(), "{case}");
-                    upload.ends();
+                    upload.is_read_whole(0);
                     sleep(Duration::from_millis(work)).await;
                     unread.push(answer(turn));
                 }
