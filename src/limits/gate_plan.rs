@@ -12,7 +12,8 @@ use super::{
 
 /// A socket, and the pidfd of the process behind it.
 pub const DESCRIPTORS_PER_CONNECTION: u64 = 2;
-/// Kept for all that is no connection: listeners, logs, files being read, refused connections that are answered.
+/// Kept for all that is no connection: listeners, logs, files being read, refused connections that are answered, those that have ended
+/// and are asked after.
 pub const OTHER_DESCRIPTORS: u64 = 80;
 /// The most refused connections that linger.
 const LINGERING: u64 = 2048;

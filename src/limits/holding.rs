@@ -17,7 +17,6 @@ use tokio::sync::Notify;
 use super::{
     budget::NEWCOMER,
     caller::NthCall,
-    names,
     room::{Room, Short},
     since_start::SinceStart,
     waste::{AllWaste, Waste},
@@ -262,6 +261,9 @@ impl GroupHeld {
     }
 }
 
+/// What the kernel keeps of `/proc/PID` and files in it that somebody has open, at most, in bytes.
+pub(super) const OF_PROCESS: u64 = 2048;
+
 /// What the kernel keeps of the [names](super::names) of a family's processes, in bytes.
 #[derive(Debug, Default)]
 pub(super) struct HeldNames {
@@ -287,7 +289,7 @@ impl HeldNames {
         if last.load(Relaxed) != pid {
             let second = last.swap(pid, Relaxed);
             if before.swap(second, Relaxed) != pid {
-                self.read.fetch_add(names::OF_PROCESS, Relaxed);
+                self.read.fetch_add(OF_PROCESS, Relaxed);
             }
         }
     }

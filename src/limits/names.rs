@@ -14,12 +14,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::{accounts::Accounts, caller::CallerKey};
+use super::{
+    accounts::Accounts,
+    caller::CallerKey,
+    holding::{HeldNames, OF_PROCESS},
+};
 
 /// What the kernel keeps of a pidfd that somebody holds, in bytes. Measured: 0.9 KiB.
 const OF_PIDFD: u64 = 1024;
-/// The same of `/proc/PID` and files in it, at most.
-pub(super) const OF_PROCESS: u64 = 2048;
 /// Of what is found beyond what is kept one part in so many is forgotten by each look, of which there are four a second: what is kept
 /// is no exact number, and less for a moment is not less.
 const PINNED_FADES: u64 = 256;
@@ -39,7 +41,7 @@ pub struct KeptOfNames {
 impl Accounts {
     /// The kernel keeps so much of names now.
     pub(super) fn names_are(&mut self, KeptOfNames { least, most }: KeptOfNames) {
-        let sum = |of: fn(&super::holding::HeldNames) -> &AtomicU64| -> u64 {
+        let sum = |of: fn(&HeldNames) -> &AtomicU64| -> u64 {
             self.groups
                 .values()
                 .map(|account| of(&account.held.names).load(Relaxed))

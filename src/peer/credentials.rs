@@ -224,12 +224,12 @@ pub struct Arrival {
     place: Option<PodPlace>,
     /// `None` until it is let in, where the key did not need it.
     process: Option<Process>,
-    asked: Asked,
+    asked: AskedAfter,
 }
 
 /// Whether a process was asked after to find out whom to charge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Asked {
+enum AskedAfter {
     /// There was no need.
     Needless,
     /// It might not be.
@@ -261,10 +261,10 @@ impl Arrival {
         let user = CallerKey::Uid(credentials.uid.as_raw());
         let of_user = |caller, asked| Self { credentials, caller, place: None, process: None, asked };
         if let Some(caller) = keys.key_of_user(&credentials) {
-            return Ok(of_user(caller, Asked::Needless));
+            return Ok(of_user(caller, AskedAfter::Needless));
         }
         if !may_be(user) {
-            return Ok(of_user(user, Asked::MightNot));
+            return Ok(of_user(user, AskedAfter::MightNot));
         }
         // The kernel makes no name of one that is refused: its pidfd says later whether what is read now is its own.
         let mut process = None;
@@ -283,17 +283,17 @@ impl Arrival {
         }
         let place = read.unwrap_or_default();
         let caller = place.map_or(user, |place| CallerKey::Pod(place.pod));
-        Ok(Self { credentials, caller, place, process, asked: Asked::Read })
+        Ok(Self { credentials, caller, place, process, asked: AskedAfter::Read })
     }
 
     /// Whether something was read of the process, of which the kernel made [names](crate::limits::names), before it was let in.
     pub fn is_shown(&self) -> bool {
-        self.asked == Asked::Read
+        self.asked == AskedAfter::Read
     }
 
     /// Whether it is not known whom to charge, as it might not be asked: it can only be refused.
     pub(super) fn is_unknown(&self) -> bool {
-        self.asked == Asked::MightNot
+        self.asked == AskedAfter::MightNot
     }
 
     /// Whom the connection is charged to.
@@ -340,7 +340,7 @@ impl Arrival {
             Some(process) => process,
             None => Process::of(stream, &credentials)?,
         };
-        if asked == Asked::Read && process.has_exited() {
+        if asked == AskedAfter::Read && process.has_exited() {
             return Err(CredentialsError::Gone { pid: credentials.pid });
         }
         Ok(Peer { place, groups: connected_groups(stream), ..Peer::new(credentials, caller, process) })
@@ -660,7 +660,7 @@ fn runs(pidfd: &Pidfd) -> Result<(), PeerGone> {
 /// Whose the process of `pidfd` is, which has the number `pid` while it lives.
 fn owner_by_proc(pid: Pid, pidfd: &Pidfd) -> Result<Owner, PeerGone> {
     let dir = fs::metadata(format!("/proc/{pid}"));
-    // Asked last: it lives now, so what was read before was read of it.
+    // AskedAfter last: it lives now, so what was read before was read of it.
     runs(pidfd)?;
     let dir = dir.map_err(|source| PeerGone::Unknown { source })?;
     Ok(Owner { uid: Uid::from_raw(dir.uid()), gid: Gid::from_raw(dir.gid()) })

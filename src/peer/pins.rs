@@ -28,8 +28,10 @@ use nix::{
 
 use crate::limits::CallerKey;
 
-/// The most sockets that are kept. Of more connections than that some are asked after, by chance, for all.
-pub const MOST_KEPT: usize = 64;
+/// The most sockets that are kept: descriptors that no caller has. Of more connections than that some are asked after, by chance, for all.
+pub const MOST_KEPT: usize = 16;
+/// What the agent itself has open yet after so many looks is not waited for.
+const LOOKS: u8 = 8;
 /// So long after an inode was made another has another time, on kernels that count a hundred ticks a second.
 const TICK: Duration = Duration::from_millis(20);
 /// The type of the file system of pidfds (`PID_FS_MAGIC` of linux/magic.h).
@@ -39,11 +41,11 @@ const PIDFS: i64 = 0x5049_4446;
 #[derive(Debug, Default)]
 pub struct EndedConnections {
     is_asked_for: AtomicBool,
-    sample: Mutex<Sample>,
+    sample: Mutex<EndedSample>,
 }
 
 #[derive(Debug, Default)]
-struct Sample {
+struct EndedSample {
     kept: Vec<Ended>,
     /// How many ended since the last look.
     ended: u64,
@@ -57,6 +59,7 @@ struct Ended {
     pidfd: Weak<OwnedFd>,
     made: Duration,
     caller: CallerKey,
+    looks: u8,
 }
 
 /// Of processes of one caller.
@@ -92,24 +95,26 @@ impl EndedConnections {
     pub fn ask(&self, after: bool) {
         self.is_asked_for.store(after && *IS_PIDFS, Relaxed);
         if !after {
-            *self.lock() = Sample::default();
+            *self.lock() = EndedSample::default();
         }
     }
 
     /// Asks after those that have ended since the last look.
     pub fn look(&self) -> Vec<FoundNames> {
-        let Sample { kept, ended, .. } = std::mem::take(&mut *self.lock());
+        let EndedSample { kept, ended, .. } = std::mem::take(&mut *self.lock());
         let each = ended.div_ceil(u64::try_from(kept.len()).unwrap_or(u64::MAX).max(1));
         let (mut found, mut not_yet) = (Vec::new(), Vec::new());
-        for one in kept {
+        for mut one in kept {
+            one.looks += 1;
             let (held, unknown) = match one.found() {
                 Found::Held => (each, 0),
                 Found::Unknown => (0, each),
                 Found::Gone => continue,
-                Found::NotYet => {
+                Found::NotYet if one.looks < LOOKS => {
                     not_yet.push(one);
                     continue;
                 }
+                Found::NotYet => (0, each),
             };
             found.push(FoundNames { caller: one.caller, held, unknown });
         }
@@ -120,7 +125,7 @@ impl EndedConnections {
         found
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Sample> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, EndedSample> {
         self.sample.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -135,7 +140,7 @@ impl AskedLater {
     pub(super) fn leave(self, socket: OwnedFd) {
         let Self { ended, pidfd, caller } = self;
         let Some(made) = made(&pidfd) else { return };
-        let one = Ended { socket, pidfd: Arc::downgrade(&pidfd), made, caller };
+        let one = Ended { socket, pidfd: Arc::downgrade(&pidfd), made, caller, looks: 0 };
         let mut sample = ended.lock();
         sample.ended += 1;
         // Each of those that end has the same chance to be among those that are kept.
