@@ -66,6 +66,12 @@ impl AcceptGate for AuditedGate {
         self.gate.may_show_processes(user)
     }
 
+    fn refuse_unread(&self, arrival: &Arrival) -> ConnectionRefusal {
+        let why = self.gate.refuse_unread(arrival.caller());
+        self.refused(arrival, why);
+        why
+    }
+
     fn was_asked_after(&self, arrival: &Arrival) {
         let Credentials { uid, pid, .. } = arrival.credentials();
         self.gate.was_asked_after(CallerKey::Uid(uid.as_raw()), arrival.caller(), pid.as_raw());

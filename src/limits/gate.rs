@@ -413,6 +413,18 @@ impl Gate {
         refusal
     }
 
+    /// Refuses one of a `user` of whose processes no more [may be read](Self::may_show_processes).
+    pub fn refuse_unread(&self, user: CallerKey) -> ConnectionRefusal {
+        let (shared, refusal) = (&self.shared, ConnectionRefusal::Memory);
+        let (plan, now) = (shared.plan.load(), shared.ledger.now());
+        let mut state = shared.state();
+        let it = shared.arriving(&plan, user, now, Attempt::Only, &mut state);
+        shared.note_refused(&it, refusal, &mut state);
+        drop(state);
+        shared.refused(refusal, user, now);
+        refusal
+    }
+
     /// Lets a connection to the admin socket in: these have places of their own.
     ///
     /// # Errors

@@ -33,6 +33,11 @@ pub trait AcceptGate: Send + Sync + 'static {
         attempt: Attempt,
     ) -> Result<Self::Permit, ConnectionRefusal>;
 
+    /// Refuses one whose process may not be asked after: whom to charge for it is not known, and it is never let in.
+    fn refuse_unread(&self, _arrival: &Arrival) -> ConnectionRefusal {
+        ConnectionRefusal::Memory
+    }
+
     /// Something was read of a process to find out whom to charge for its connection. By default nobody asks.
     fn was_asked_after(&self, _arrival: &Arrival) {}
 

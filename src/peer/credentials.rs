@@ -291,7 +291,7 @@ impl Arrival {
         self.asked == AskedAfter::Read
     }
 
-    /// Whether it is not known whom to charge, as it might not be asked: it can only be refused.
+    /// Whether whom to charge is not known, as its process might not be asked after: it can only be refused.
     pub(super) fn is_unknown(&self) -> bool {
         self.asked == AskedAfter::MightNot
     }

@@ -229,20 +229,11 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         if arrival.is_shown() {
             self.gate.was_asked_after(&arrival);
         }
-        let arrival = if arrival.is_unknown() {
-            // Room may have come.
-            if let Err(why) = self.gate.admit_connection(&arrival, Attempt::Only).map(drop) {
-                let family = self.gate.family(&arrival);
-                self.turn_away(stream, family, &arrival, why, now);
-                return Err(NotTaken::Refused(why));
-            }
-            match Arrival::at(&stream, &*self.keys) {
-                Ok(arrival) => arrival,
-                Err(error) => return Err(self.not_identified(stream, error, now)),
-            }
-        } else {
-            arrival
-        };
+        if arrival.is_unknown() {
+            let (why, family) = (self.gate.refuse_unread(&arrival), self.gate.family(&arrival));
+            self.turn_away(stream, family, &arrival, why, now);
+            return Err(NotTaken::Refused(why));
+        }
         self.decide(stream, None, RoomWaiter::new(arrival, now), now)
     }
 
