@@ -28,7 +28,7 @@
 //! # The way of one FetchJWTSVID
 //!
 //! ```text
-//! peer/listener   accept -> SO_PEERCRED, caller key (with pidfd on Kubernetes)  unreadable, or ended: close, count
+//! peer/listener   accept -> SO_PEERCRED, caller key (/proc on Kubernetes)       unreadable, or ended: close, count
 //! limits/gate     room, share and rate of this caller                   no room: wait a moment; refused: count, tell or close
 //! peer/listener   pidfd: the process is held on to; a task of its own    gone: close, count
 //! peer/connection parked until the first byte: no HTTP/2 state before it  no memory for it: refused, as at the gate
@@ -166,9 +166,13 @@
 //! socket is read and written before the runtime has heard of it; and a worker asks the kernel who else can be served after
 //! eight tasks, and not after 61 (`agent/runtime.rs`).
 //!
-//! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd where pods are not looked
-//! for, so the gate is asked first, and a refused connection is never registered with the runtime: both were
-//! most of what a refusal cost.
+//! **No kernel state for whom the gate refuses.** Whom to charge needs no pidfd, so the gate is asked first, and a refused connection
+//! is never registered with the runtime: both were most of what a refusal cost. Where pods are looked for, `/proc/PID/cgroup` is
+//! read before; that it was of the process that connected is seen once that is held on to (`peer/credentials.rs`).
+//!
+//! **What others can pin is asked for.** The kernel keeps the name of a process that the agent held on to for as long as anybody else
+//! has it open, and charges it to the agent. Whose it is was first told by when the kernel's part grew: then it changed hands with
+//! each swing of that number. Now the socket of an ended connection is asked once more (`peer/pins.rs`).
 //!
 //! **Answers wait for room, and not the connection for their readers.** A peer that asks and never reads may pin 64 KiB of
 //! answers, or one that is larger; who asks on waits in the order of arrival. The other way is to read no more from its
