@@ -399,29 +399,33 @@ impl Gate {
             return ConnectionRefusal::AdminConnections;
         };
         permit.counted.store(true, Relaxed);
+        self.refuse_outright(caller, |it, state| {
+            state.rates.take_back(it.now, self.shared.key(it.plan, caller), permit.paid);
+            let holds_share = it.group_bytes >= state.bytes.share();
+            if holds_share { ConnectionRefusal::Memory } else { ConnectionRefusal::MemoryTaken }
+        })
+    }
+
+    /// Refuses one of a `user` of whose processes no more [may be read](Self::may_show_processes).
+    pub fn refuse_unread(&self, user: CallerKey) -> ConnectionRefusal {
+        self.refuse_outright(user, |_it, _state| ConnectionRefusal::Memory)
+    }
+
+    /// Refuses one without asking whether there is room, and counts and tells it.
+    fn refuse_outright(
+        &self,
+        caller: CallerKey,
+        why: impl FnOnce(&Arriving<'_>, &mut GateState) -> ConnectionRefusal,
+    ) -> ConnectionRefusal {
         let shared = &self.shared;
         let plan = shared.plan.load();
         let now = shared.ledger.now();
         let mut state = shared.state();
         let it = shared.arriving(&plan, caller, now, Attempt::Last, &mut state);
-        let holds_share = it.group_bytes >= state.bytes.share();
-        let refusal = if holds_share { ConnectionRefusal::Memory } else { ConnectionRefusal::MemoryTaken };
-        state.rates.take_back(now, shared.key(&plan, caller), permit.paid);
+        let refusal = why(&it, &mut state);
         shared.note_refused(&it, refusal, &mut state);
         drop(state);
         shared.refused(refusal, caller, now);
-        refusal
-    }
-
-    /// Refuses one of a `user` of whose processes no more [may be read](Self::may_show_processes).
-    pub fn refuse_unread(&self, user: CallerKey) -> ConnectionRefusal {
-        let (shared, refusal) = (&self.shared, ConnectionRefusal::Memory);
-        let (plan, now) = (shared.plan.load(), shared.ledger.now());
-        let mut state = shared.state();
-        let it = shared.arriving(&plan, user, now, Attempt::Only, &mut state);
-        shared.note_refused(&it, refusal, &mut state);
-        drop(state);
-        shared.refused(refusal, user, now);
         refusal
     }
 

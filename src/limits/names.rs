@@ -54,18 +54,8 @@ impl Accounts {
             let names = &account.held.names;
             let own =
                 [(&names.pinned, of_pinned, pinned, PINNED_FADES), (&names.read, of_read, read, READ_FADES)];
-            let holds = own.map(|(own, held, all, fades)| {
-                let before = own.load(Relaxed);
-                let goes = part(all.saturating_sub(held), before, all).div_ceil(fades);
-                let goes = if before <= LITTLE && held < all { before } else { goes };
-                own.fetch_sub(goes, Relaxed);
-                part(held, before, all)
-            });
-            let in_vain = names.in_vain.load(Relaxed);
-            let goes = part(read.saturating_sub(of_read), in_vain, read.max(1)).div_ceil(READ_FADES);
-            names
-                .in_vain
-                .fetch_sub(if in_vain <= LITTLE && of_read < read { in_vain } else { goes }, Relaxed);
+            let holds = own.map(|(own, held, all, fades)| part(held, fade(own, held, all, fades), all));
+            fade(&names.in_vain, of_read, read, READ_FADES);
             account.held.set_names(holds.iter().sum(), &self.node);
         }
     }
@@ -120,6 +110,14 @@ impl Accounts {
     pub(super) fn may_hold_names(&self) -> bool {
         self.groups.values().any(|account| account.held.names.pinned.load(Relaxed) > 0)
     }
+}
+
+/// Forgets a part of what is `own`, where of `all` that were found no more than so many bytes are held. Returns what it was.
+fn fade(own: &AtomicU64, held: u64, all: u64, fades: u64) -> u64 {
+    let before = own.load(Relaxed);
+    let goes = part(all.saturating_sub(held), before, all).div_ceil(fades);
+    own.fetch_sub(if before <= LITTLE && held < all { before } else { goes }, Relaxed);
+    before
 }
 
 /// What of `all` goes to one who has `own` of `whole`.

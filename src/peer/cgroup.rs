@@ -463,17 +463,18 @@ impl PodOrUid {
 
     /// The pod of the process that has this PID now, if it is in one: whoever asks must know that it lives.
     pub fn pod_of(&self, pid: Pid) -> Option<PodUid> {
-        self.place_of(pid).map(|place| place.pod)
+        self.place_of(pid).ok().flatten().map(|place| place.pod)
     }
 
     fn of(&self, pid: Pid) -> PathBuf {
         self.proc_root.join(pid.to_string())
     }
 
-    fn place_of(&self, pid: Pid) -> Option<PodPlace> {
-        let root = self.kubelet.as_ref()?;
+    fn place_of(&self, pid: Pid) -> Result<Option<PodPlace>, PlaceUnread> {
+        let Some(root) = &self.kubelet else { return Ok(None) };
         let mut buffer = [0; LIMIT];
-        find(read_cgroup(&self.of(pid), &mut buffer)?, root).map(|found| found.place)
+        let text = read_cgroup(&self.of(pid), &mut buffer).ok_or(PlaceUnread)?;
+        Ok(find(text, root).map(|found| found.place))
     }
 }
 
@@ -527,10 +528,7 @@ impl KeyResolver for PodOrUid {
     }
 
     fn place_of_process(&self, credentials: &Credentials) -> Result<Option<PodPlace>, PlaceUnread> {
-        let Some(root) = &self.kubelet else { return Ok(None) };
-        let mut buffer = [0; LIMIT];
-        let text = read_cgroup(&self.of(credentials.pid), &mut buffer).ok_or(PlaceUnread)?;
-        Ok(find(text, root).map(|found| found.place))
+        self.place_of(credentials.pid)
     }
 }
 

@@ -359,7 +359,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     }
 
     fn begin(&mut self, one: AtEntrance<G::Permit>, goes_in: GoesIn, now: Instant) -> Result<(), NotTaken> {
-        let AtEntrance { arrival, family, stream, mut permit, since } = one;
+        let AtEntrance { arrival, family, mut stream, mut permit, since } = one;
         if since != now && stream.is_deserted() {
             self.count_left();
             return Ok(());
@@ -373,7 +373,6 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         };
         let holding = G::holding(&permit);
         peer.holds(&holding);
-        let mut stream = stream;
         if let Some(after) = peer.asked_later(&self.stats.ended) {
             stream.ask_later(after);
         }

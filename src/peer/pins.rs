@@ -41,6 +41,7 @@ const PIDFS: i64 = 0x5049_4446;
 #[derive(Debug, Default)]
 pub struct EndedConnections {
     is_asked_for: AtomicBool,
+    seed: ahash::RandomState,
     sample: Mutex<EndedSample>,
 }
 
@@ -49,7 +50,6 @@ struct EndedSample {
     kept: Vec<Ended>,
     /// How many ended since the last look.
     ended: u64,
-    chance: u64,
 }
 
 #[derive(Debug)]
@@ -101,7 +101,7 @@ impl EndedConnections {
 
     /// Asks after those that have ended since the last look.
     pub fn look(&self) -> Vec<FoundNames> {
-        let EndedSample { kept, ended, .. } = std::mem::take(&mut *self.lock());
+        let EndedSample { kept, ended } = std::mem::take(&mut *self.lock());
         let each = ended.div_ceil(u64::try_from(kept.len()).unwrap_or(u64::MAX).max(1));
         let (mut found, mut not_yet) = (Vec::new(), Vec::new());
         for mut one in kept {
@@ -144,9 +144,7 @@ impl AskedLater {
         let mut sample = ended.lock();
         sample.ended += 1;
         // Each of those that end has the same chance to be among those that are kept.
-        sample.chance =
-            sample.chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let at = usize::try_from((sample.chance >> 33) % sample.ended).unwrap_or(usize::MAX);
+        let at = usize::try_from(ended.seed.hash_one(sample.ended) % sample.ended).unwrap_or(usize::MAX);
         let goes = if sample.kept.len() < MOST_KEPT {
             sample.kept.push(one);
             None
