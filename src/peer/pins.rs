@@ -4,8 +4,11 @@
 //! agent has closed its own, for as long as anybody has one. The kernel says nothing of that. But it gives the pidfd of who connected as
 //! long as there is the socket, and an inode that was made anew says when. So of some connections that have ended the
 //! socket is kept for a moment, and asked once more: an inode as old as the agent's own is held by somebody else.
+//!
+//! A process has one, however often it connects, and anybody may hold it: so an inode counts once.
 
 use std::{
+    collections::HashSet,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::net::UnixStream,
@@ -30,6 +33,8 @@ use crate::limits::CallerKey;
 
 /// The most sockets that are kept: descriptors that no caller has. Of more connections than that some are asked after, by chance, for all.
 pub const MOST_KEPT: usize = 16;
+/// So many inodes are remembered as counted. More are forgotten together, and count once more if their processes connect again.
+const MOST_COUNTED: usize = 8192;
 /// What the agent itself has open yet after so many looks is not waited for.
 const LOOKS: u8 = 8;
 /// So long after an inode was made another has another time, on kernels that count a hundred ticks a second.
@@ -50,6 +55,25 @@ struct EndedSample {
     kept: Vec<Ended>,
     /// How many ended since the last look.
     ended: u64,
+    /// Numbers of inodes that were found.
+    counted: HashSet<u64, ahash::RandomState>,
+}
+
+impl EndedSample {
+    /// Whether an inode counts: the first time that it is found.
+    fn counts(&mut self, inode: Inode) -> bool {
+        if self.counted.len() >= MOST_COUNTED {
+            self.counted.clear();
+        }
+        self.counted.insert(inode.number)
+    }
+}
+
+/// What the kernel made for a process. No other process gets the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Inode {
+    number: u64,
+    made: Duration,
 }
 
 #[derive(Debug)]
@@ -57,7 +81,7 @@ struct Ended {
     socket: OwnedFd,
     /// The agent's own, which may not be closed yet.
     pidfd: Weak<OwnedFd>,
-    made: Duration,
+    inode: Inode,
     caller: CallerKey,
     looks: u8,
 }
@@ -101,7 +125,10 @@ impl EndedConnections {
 
     /// Asks after those that have ended since the last look.
     pub fn look(&self) -> Vec<FoundNames> {
-        let EndedSample { kept, ended } = std::mem::take(&mut *self.lock());
+        let (kept, ended) = {
+            let mut sample = self.lock();
+            (std::mem::take(&mut sample.kept), std::mem::take(&mut sample.ended))
+        };
         let each = ended.div_ceil(u64::try_from(kept.len()).unwrap_or(u64::MAX).max(1));
         let (mut found, mut not_yet) = (Vec::new(), Vec::new());
         for mut one in kept {
@@ -116,7 +143,9 @@ impl EndedConnections {
                 }
                 Found::NotYet => (0, each),
             };
-            found.push(FoundNames { caller: one.caller, held, unknown });
+            if self.lock().counts(one.inode) {
+                found.push(FoundNames { caller: one.caller, held, unknown });
+            }
         }
         let mut sample = self.lock();
         sample.ended += u64::try_from(not_yet.len()).unwrap_or(0).saturating_mul(each);
@@ -139,8 +168,8 @@ impl AskedLater {
     /// The connection of this socket has ended.
     pub(super) fn leave(self, socket: OwnedFd) {
         let Self { ended, pidfd, caller } = self;
-        let Some(made) = made(&pidfd) else { return };
-        let one = Ended { socket, pidfd: Arc::downgrade(&pidfd), made, caller, looks: 0 };
+        let Some(inode) = inode_of(&pidfd) else { return };
+        let one = Ended { socket, pidfd: Arc::downgrade(&pidfd), inode, caller, looks: 0 };
         let mut sample = ended.lock();
         sample.ended += 1;
         // Each of those that end has the same chance to be among those that are kept.
@@ -159,22 +188,22 @@ impl AskedLater {
 impl Ended {
     fn found(&self) -> Found {
         let now = clock_gettime(ClockId::CLOCK_REALTIME).map_or(Duration::ZERO, Duration::from);
-        if self.pidfd.strong_count() > 0 || now.saturating_sub(self.made) < TICK {
+        if self.pidfd.strong_count() > 0 || now.saturating_sub(self.inode.made) < TICK {
             return Found::NotYet;
         }
         let Ok(pidfd) = getsockopt(&self.socket, sockopt::PeerPidfd) else { return Found::Unknown };
-        match made(&pidfd) {
-            Some(made) if made == self.made => Found::Held,
+        match inode_of(&pidfd) {
+            Some(inode) if inode == self.inode => Found::Held,
             _ => Found::Gone,
         }
     }
 }
 
-/// When the inode of a pidfd was made.
-fn made(pidfd: &OwnedFd) -> Option<Duration> {
+fn inode_of(pidfd: &OwnedFd) -> Option<Inode> {
     let stat = fstat(pidfd).ok()?;
     let nanoseconds = u32::try_from(stat.st_ctime_nsec).ok()?;
-    Some(Duration::new(u64::try_from(stat.st_ctime).ok()?, nanoseconds))
+    let made = Duration::new(u64::try_from(stat.st_ctime).ok()?, nanoseconds);
+    Some(Inode { number: stat.st_ino, made })
 }
 
 /// Whether pidfds have inodes of their own here.
@@ -182,3 +211,45 @@ static IS_PIDFS: LazyLock<bool> = LazyLock::new(|| {
     let pidfd = UnixStream::pair().ok().and_then(|(one, _other)| getsockopt(&one, sockopt::PeerPidfd).ok());
     pidfd.and_then(|pidfd| fstatfs(pidfd.as_fd()).ok()).is_some_and(|fs| fs.filesystem_type().0 == PIDFS)
 });
+
+#[cfg(test)]
+mod tests {
+    use nix::unistd::getpid;
+
+    use super::*;
+    use crate::os::pidfd::Pidfd;
+
+    /// So many connections of this process have ended.
+    fn end(ended: &Arc<EndedConnections>, connections: usize) {
+        for _ in 0..connections {
+            let (socket, _other) = UnixStream::pair().unwrap();
+            let pidfd = Arc::new(getsockopt(&socket, sockopt::PeerPidfd).unwrap());
+            let caller = CallerKey::Uid(1);
+            AskedLater { ended: Arc::clone(ended), pidfd, caller }.leave(socket.into());
+        }
+    }
+
+    #[test]
+    fn an_inode_that_somebody_holds_counts_once_however_often_its_process_connects() {
+        if !*IS_PIDFS {
+            println!("this kernel has no file system of pidfds");
+            return;
+        }
+        let held_open = Pidfd::open(getpid()).unwrap();
+        let made = inode_of(&held_open.descriptor()).unwrap().made;
+        let ended = Arc::new(EndedConnections::default());
+        ended.ask(true);
+        // Until another would have another time.
+        while clock_gettime(ClockId::CLOCK_REALTIME).map_or(Duration::ZERO, Duration::from) - made < TICK {
+            std::thread::yield_now();
+        }
+        let mut held = 0;
+        for _ in 0..10 {
+            end(&ended, 2 * MOST_KEPT);
+            held += ended.look().iter().map(|found| found.held).sum::<u64>();
+        }
+        assert_eq!(held, 2, "once, for as many as each that is asked after stands for");
+        ended.ask(false);
+        assert!(ended.lock().counted.is_empty(), "nothing is remembered");
+    }
+}
