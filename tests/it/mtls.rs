@@ -25,6 +25,8 @@ use crate::support::{Process, entry, write_config};
 /// Set for the process that serves: the socket of its agent.
 const SERVER: &str = "DURWARD_TEST_MTLS_SERVER";
 const ID: &str = "spiffe://example.org/web";
+/// What the process that serves adds where it has none.
+const NO_SVID: &str = ", without an SVID";
 
 /// Not a test when it is run as one of many: the body of the serving process.
 #[tokio::test(flavor = "multi_thread")]
@@ -32,13 +34,13 @@ async fn server_process() {
     #[expect(clippy::disallowed_methods, reason = "how the parent process tells it what to do")]
     let Ok(endpoint) = std::env::var(SERVER) else { return };
     let source = X509Source::builder().endpoint(endpoint).build().await.unwrap();
-    let config = mtls_server(source).authorize(authorizer::exact([ID]).unwrap()).build().unwrap();
+    let config = mtls_server(source.clone()).authorize(authorizer::exact([ID]).unwrap()).build().unwrap();
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     println!("port {}", listener.local_addr().unwrap().port());
     loop {
         let (stream, _) = listener.accept().await.unwrap();
-        let acceptor = acceptor.clone();
+        let (acceptor, source) = (acceptor.clone(), source.clone());
         tokio::spawn(async move {
             let echo = async {
                 let mut stream = acceptor.accept(stream).await?;
@@ -47,12 +49,14 @@ async fn server_process() {
                 stream.write_all(&byte).await?;
                 stream.shutdown().await
             };
-            println!("{:?}", echo.await);
+            let done = echo.await;
+            println!("{done:?}{}", if source.svid().is_ok() { "" } else { NO_SVID });
         });
     }
 }
 
-/// Whether a side refused since the library was replacing its keys: its verifier says that, and has no certificate.
+/// Whether a side refused since the library was replacing its keys: its verifier says so, and it presents no certificate. Not
+/// for want of an SVID, of which each side that fails says whether it has one.
 fn keys_are_replaced(error: &str) -> bool {
     ["PendingRevision", "no server certificate chain resolved", "NoCertificatesPresented"]
         .iter()
@@ -116,6 +120,7 @@ async fn no_handshake_fails_while_the_ca_is_replaced() {
             }
             Err(error) => {
                 let here = format!("{error:?}");
+                assert!(source.svid().is_ok() && !there.contains(NO_SVID), "here {here}, there {there}");
                 assert!(keys_are_replaced(&here) || keys_are_replaced(&there), "here {here}, there {there}");
                 again += 1;
             }
