@@ -14,9 +14,10 @@ use std::{
 use super::{
     budget::connection_with,
     caller::{CallerKey, WhoHolds},
-    holding::{GroupHeld, HeldBytes, HeldSums, Holding, NodeHeld, Notice},
+    holding::{GroupHeld, HeldSums, Holding, NodeHeld, Notice},
     room::Short,
     shortage::Cut,
+    tally::Tally,
     waste::Waste,
 };
 
@@ -120,12 +121,6 @@ impl OpenPlace {
     pub(super) fn caller(&self) -> CallerKey {
         self.caller
     }
-}
-
-#[derive(Debug, Default)]
-struct CallerAccount {
-    open: u32,
-    held: Arc<HeldBytes>,
 }
 
 #[derive(Debug)]
@@ -232,7 +227,7 @@ impl GroupAccount {
 /// All that are open.
 #[derive(Debug)]
 pub(super) struct Accounts {
-    callers: HashMap<CallerKey, CallerAccount, ahash::RandomState>,
+    callers: Tally<CallerKey>,
     pub(super) groups: HashMap<u64, GroupAccount, ahash::RandomState>,
     /// Groups without a connection.
     kept: usize,
@@ -244,24 +239,19 @@ pub(super) struct Accounts {
 
 impl Accounts {
     pub(super) fn new(node: Arc<NodeHeld>) -> Self {
-        Self {
-            callers: HashMap::default(),
-            groups: HashMap::default(),
-            kept: 0,
-            owed_until: 0,
-            next: 0,
-            node,
-        }
+        Self { callers: Tally::default(), groups: HashMap::default(), kept: 0, owed_until: 0, next: 0, node }
     }
 
     /// Connections of a caller.
     pub(super) fn open_of(&self, caller: &CallerKey) -> u32 {
-        self.callers.get(caller).map_or(0, |account| account.open)
+        self.callers.of(caller)
     }
 
     /// Connections of a caller, and the bytes that they hold.
     pub(super) fn of_caller(&self, caller: &CallerKey) -> (u32, u64) {
-        self.callers.get(caller).map_or((0, 0), |account| (account.open, account.held.bytes()))
+        let open = self.groups.values().flat_map(|account| account.open.values());
+        let own = open.filter(|(of, _)| of == caller);
+        (self.open_of(caller), own.map(|(_, holding)| holding.bytes()).sum())
     }
 
     /// Connections of a group, and the bytes that it holds.
@@ -273,13 +263,11 @@ impl Accounts {
     pub(super) fn add(&mut self, caller: CallerKey, group: u64, bytes: u64) -> (OpenPlace, Arc<Holding>) {
         let order = self.next;
         self.next += 1;
-        let of_caller = self.callers.entry(caller).or_default();
-        of_caller.open += 1;
+        self.callers.add(caller);
         let of_group = account(&mut self.groups, &mut self.kept, group, caller, self.owed_until);
         self.kept -= usize::from(of_group.has_none());
         of_group.last = caller;
         let holding = Arc::new(Holding::in_sums(HeldSums {
-            caller: Arc::clone(&of_caller.held),
             group: Arc::clone(&of_group.held),
             node: Arc::clone(&self.node),
         }));
@@ -296,12 +284,7 @@ impl Accounts {
 
     /// Lets one go.
     pub(super) fn take(&mut self, place: &OpenPlace) {
-        if let Some(account) = self.callers.get_mut(&place.caller) {
-            account.open -= 1;
-            if account.open == 0 {
-                self.callers.remove(&place.caller);
-            }
-        }
+        self.callers.take(place.caller);
         let Some(account) = self.groups.get_mut(&place.group) else { return };
         account.open.remove(&place.order);
         if !account.has_none() {
@@ -575,7 +558,7 @@ mod tests {
                 accounts.take(&place);
                 drop(holding);
             }
-            prop_assert!(accounts.callers.is_empty() && accounts.groups.is_empty());
+            prop_assert!(accounts.callers.len() == 0 && accounts.groups.is_empty());
             prop_assert_eq!(accounts.node.bytes(), 0);
         }
     }

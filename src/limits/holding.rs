@@ -1,6 +1,6 @@
 //! What one connection makes the agent hold, in bytes, and what it is told when that is too much.
 //!
-//! Whoever serves a connection says here what it takes and gives back; the sums for its caller, its caller's family and the
+//! Whoever serves a connection says here what it takes and gives back; the sums for its caller, its family with it, and the
 //! node follow at once, and whether memory is short with them. What each thing costs is reckoned in
 //! [`budget`](super::budget). No lock: a call goes through here.
 
@@ -33,11 +33,11 @@ pub enum Notice {
 
 /// A sum of bytes that several add to.
 #[derive(Debug, Default)]
-pub struct HeldBytes(AtomicU64);
+struct HeldBytes(AtomicU64);
 
 impl HeldBytes {
     /// Bytes that are held.
-    pub fn bytes(&self) -> u64 {
+    fn bytes(&self) -> u64 {
         self.0.load(Relaxed)
     }
 
@@ -303,7 +303,6 @@ impl HeldNames {
 /// What a connection adds to.
 #[derive(Clone, Debug)]
 pub(super) struct HeldSums {
-    pub(super) caller: Arc<HeldBytes>,
     pub(super) group: Arc<GroupHeld>,
     pub(super) node: Arc<NodeHeld>,
 }
@@ -364,8 +363,7 @@ impl Holding {
     /// So many bytes more are held.
     pub fn hold(&self, bytes: u64) {
         self.own.add(bytes);
-        if let Some(HeldSums { caller, group, node }) = &self.sums {
-            caller.add(bytes);
+        if let Some(HeldSums { group, node }) = &self.sums {
             group.held.add(bytes);
             node.grew(node.held.add(bytes));
         }
@@ -455,8 +453,7 @@ impl Holding {
     }
 
     fn take_from_sums(&self, bytes: u64) {
-        if let Some(HeldSums { caller, group, node }) = &self.sums {
-            caller.take(bytes);
+        if let Some(HeldSums { group, node }) = &self.sums {
             group.held.take(bytes);
             node.fell(node.held.take(bytes));
         }
@@ -629,19 +626,17 @@ mod tests {
     #[tokio::test]
     async fn sums_follow_and_a_notice_is_surpassed_only() {
         let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
-        let (caller, group) = (Arc::<HeldBytes>::default(), Arc::<GroupHeld>::default());
-        let sums =
-            HeldSums { caller: Arc::clone(&caller), group: Arc::clone(&group), node: Arc::clone(&node) };
-        let holding = Holding::in_sums(sums);
+        let group = Arc::<GroupHeld>::default();
+        let holding = Holding::in_sums(HeldSums { group: Arc::clone(&group), node: Arc::clone(&node) });
         holding.hold(100);
         holding.release(40);
-        assert_eq!((holding.bytes(), caller.bytes(), group.bytes(), node.bytes()), (60, 60, 60, 60));
+        assert_eq!((holding.bytes(), group.bytes(), node.bytes()), (60, 60, 60));
         holding.tell(Notice::Close);
         holding.tell(Notice::ComeBack);
         assert_eq!(holding.told(None).await, Notice::Close);
         assert_eq!(holding.told(Some(Notice::ComeBack)).await, Notice::Close);
         drop(holding);
-        assert_eq!((caller.bytes(), group.bytes(), node.bytes()), (0, 0, 0));
+        assert_eq!((group.bytes(), node.bytes()), (0, 0));
     }
 
     /// However large what is a caller's own is, it gets it, one answer after the other; several at once it gets where there is
@@ -649,10 +644,8 @@ mod tests {
     #[test]
     fn each_family_may_make_one_large_answer_where_memory_is_about_to_run_out() {
         let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
-        let of_family = || {
-            let (caller, group) = (Arc::default(), Arc::default());
-            Arc::new(Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) }))
-        };
+        let of_family =
+            || Arc::new(Holding::in_sums(HeldSums { group: Arc::default(), node: Arc::clone(&node) }));
         // In units in which nobody is one who begins.
         node.close([85, 85, 95, 0], 1, 1);
         let (one, another) = (of_family(), of_family());
@@ -674,10 +667,7 @@ mod tests {
     #[test]
     fn what_is_set_aside_is_for_those_who_begin() {
         let node = Arc::new(NodeHeld::new(Arc::default(), SinceStart::default()));
-        let of_family = || {
-            let (caller, group) = (Arc::default(), Arc::default());
-            Holding::in_sums(HeldSums { caller, group, node: Arc::clone(&node) })
-        };
+        let of_family = || Holding::in_sums(HeldSums { group: Arc::default(), node: Arc::clone(&node) });
         let (full, spent) = (100 * BEGINS, 103 * BEGINS);
         node.close([full, full, full, spent], 0, 0);
         let other = of_family();
@@ -695,8 +685,7 @@ mod tests {
         let room = Arc::<Room>::default();
         let node = Arc::new(NodeHeld::new(Arc::clone(&room), SinceStart::default()));
         let group = Arc::<GroupHeld>::default();
-        let sums = HeldSums { caller: Arc::default(), group: Arc::clone(&group), node: Arc::clone(&node) };
-        let holding = Holding::in_sums(sums);
+        let holding = Holding::in_sums(HeldSums { group: Arc::clone(&group), node: Arc::clone(&node) });
         node.bound(70, 65);
         node.set_share(Some(50), 69);
         holding.hold(69);
