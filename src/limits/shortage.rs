@@ -32,6 +32,8 @@ pub(super) struct Shortage {
     share: u64,
     /// What was used then.
     looked_at: u64,
+    /// From where on it is to be looked at again, by what is held.
+    look_from: u64,
 }
 
 /// Shares are reckoned anew when so much of the whole, one part in so many, was taken since.
@@ -62,16 +64,14 @@ impl Shortage {
             // What is on the line is short already.
             self.share = level(self.bounds().0.saturating_sub(1)).max(self.least);
         }
+        let line = self.bounds().0;
+        self.look_from =
+            if self.is_short() { held.saturating_add(self.whole / STEP).max(line) } else { line };
     }
 
     /// From where on it is to be looked at again, by what is held.
     pub(super) fn look_from(&self) -> u64 {
-        let line = self.bounds().0;
-        if self.is_short() {
-            self.looked_at.saturating_sub(self.other).saturating_add(self.whole / STEP).max(line)
-        } else {
-            line
-        }
+        self.look_from
     }
 
     /// Whether it was looked at too long ago, by what is held meanwhile.
