@@ -107,15 +107,8 @@ impl TakerShare {
         own.spent(now, quota).saturating_add(Self::price(self.own.held, quota, takers))
     }
 
-    /// Its taker asks for so many tokens, and is counted with those that are active. When it has them, if it has not.
-    fn claim(
-        &mut self,
-        now: u64,
-        common: Common,
-        cost: u32,
-        taker: Taker,
-        takers: &mut usize,
-    ) -> Option<Duration> {
+    /// Its taker asks, and is counted with those that are active.
+    fn is_asked(&mut self, now: u64, common: Common, taker: Taker, takers: &mut usize) {
         let Common { bucket, quota, short } = common;
         let joins = !self.is_active(now, quota);
         // One that is counted now counts itself: it asks.
@@ -128,11 +121,11 @@ impl TakerShare {
         }
         self.asked = Some(now);
         self.taking.caller = self.is_own().then_some(taker.caller);
-        self.wait(now, quota, cost, *takers)
     }
 
-    /// Counts that a call passed.
-    fn passed(&mut self) {
+    /// A call has passed: its tokens are held.
+    fn holds(&mut self, tokens: u32) {
+        self.own.held = self.own.held.saturating_add(tokens);
         self.taking.used = self.taking.used.saturating_add(1);
     }
 
@@ -173,9 +166,18 @@ pub(super) struct Shares {
 
 /// A bucket that is shared, and how calls are charged to it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Common {
-    pub(super) bucket: Bucket,
+struct Common {
+    bucket: Bucket,
+    quota: Quota,
+    short: Shortfall,
+}
+
+/// What a call asks of a bucket that is shared.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AskOfShare {
     pub(super) quota: Quota,
+    pub(super) cost: u32,
+    pub(super) taker: Taker,
     pub(super) short: Shortfall,
 }
 
@@ -188,6 +190,16 @@ pub(super) struct TooFew {
 }
 
 impl TooFew {
+    /// Of a bucket that lacks them for so long, as must a share, where a call must leave so many tokens. Come back when it has enough
+    /// and to spare, or when it has enough and the share too.
+    fn of_shared(quota: Quota, cost: u32, leaves: u32, wait: Duration, share: Option<Duration>) -> Self {
+        let leaves_take = quota.time_of(leaves);
+        let rest = if wait <= leaves_take { Remainder::KeptForOthers } else { Remainder::Nothing };
+        let with_share = share.unwrap_or_default().max(wait.saturating_sub(leaves_take));
+        let can_leave = cost.saturating_add(leaves) <= quota.burst();
+        Self { wait: if can_leave { wait.min(with_share) } else { with_share }, rest }
+    }
+
     /// Or sooner, when there is something to spare.
     pub(super) fn or_in(self, sooner: Duration) -> Self {
         Self { wait: self.wait.min(sooner), ..self }
@@ -201,38 +213,23 @@ impl From<Duration> for TooFew {
     }
 }
 
-/// How a call stands to its bucket.
+/// Tokens that a call holds of a bucket that is shared.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Claim {
-    /// Where its share is. It stays there while tokens of it are held.
+pub(super) struct HeldOfShare {
+    /// So many of the bucket: less than it asked for where it passes without.
+    pub(super) tokens: u32,
+    /// Where its share is, which has all of them. It stays there while they are held.
     pub(super) at: usize,
-    /// Tokens that it must leave in the bucket.
-    pub(super) leaves: u32,
-    /// Whether a full bucket has enough for that.
-    can_leave: bool,
-    /// How long the bucket takes for these.
-    leaves_take: Duration,
-    /// When its share would have the tokens.
-    wait: Duration,
 }
 
-impl Claim {
-    /// Whether the call passes all the same where the bucket has too few tokens.
-    pub(super) fn passes(&self, short: Shortfall) -> bool {
-        match short {
-            Shortfall::Refuse => false,
-            Shortfall::PassOwn => self.wait.is_zero(),
-            Shortfall::Pass => true,
-        }
-    }
-
-    /// The bucket has too few tokens for so long. Come back when it has enough and to spare, or when it has enough and the share
-    /// too.
-    pub(super) fn lacks(&self, wait: Duration) -> TooFew {
-        let rest = if wait <= self.leaves_take { Remainder::KeptForOthers } else { Remainder::Nothing };
-        let with_share = self.wait.max(wait.saturating_sub(self.leaves_take));
-        TooFew { wait: if self.can_leave { wait.min(with_share) } else { with_share }, rest }
-    }
+/// A bucket that is shared has too few tokens for a call.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lacking {
+    pub(super) too_few: TooFew,
+    /// Where the share is.
+    at: usize,
+    /// Tokens that the call must leave in the bucket.
+    leaves: u32,
 }
 
 impl Shares {
@@ -253,8 +250,66 @@ impl Shares {
         }
     }
 
-    /// Looks how many tokens a call of `taker` must leave, and takes note that it asked.
-    pub(super) fn claim(&mut self, now: u64, common: Common, cost: u32, taker: Taker) -> Claim {
+    /// Holds tokens of `bucket` for a call of `taker`, and of its share. Who has enough in its share may take the last ones.
+    ///
+    /// # Errors
+    /// When there are too few.
+    pub(super) fn hold(
+        &mut self,
+        now: u64,
+        bucket: &mut Bucket,
+        ask: AskOfShare,
+    ) -> Result<HeldOfShare, Lacking> {
+        let AskOfShare { quota, cost, taker, short } = ask;
+        let at = self.asks(now, Common { bucket: *bucket, quota, short }, taker);
+        let takers = self.active;
+        let kept = if takers > 1 { quota.burst().div_ceil(2) } else { 0 };
+        let share = self.all.get_mut(at);
+        let tokens = match bucket.hold_leaving(now, quota, cost, kept) {
+            Ok(()) => cost,
+            Err(wait) => {
+                let share_wait = share.as_ref().and_then(|share| share.wait(now, quota, cost, takers));
+                let leaves = if share_wait.is_some() { kept } else { 0 };
+                let wait =
+                    if leaves == kept { Err(wait) } else { bucket.hold_leaving(now, quota, cost, leaves) };
+                let passes = match short {
+                    Shortfall::Refuse => false,
+                    Shortfall::PassOwn => share_wait.is_none(),
+                    Shortfall::Pass => true,
+                };
+                match wait {
+                    Ok(()) => cost,
+                    Err(_) if passes => bucket.hold_some(now, quota, cost, leaves),
+                    Err(wait) => {
+                        let too_few = TooFew::of_shared(quota, cost, leaves, wait, share_wait);
+                        return Err(Lacking { too_few, at, leaves });
+                    }
+                }
+            }
+        };
+        if let Some(share) = share {
+            share.holds(cost);
+        }
+        Ok(HeldOfShare { tokens, at })
+    }
+
+    /// Holds them all the same for one that lacked them: what there is.
+    pub(super) fn hold_all_the_same(
+        &mut self,
+        now: u64,
+        bucket: &mut Bucket,
+        ask: AskOfShare,
+        lacking: Lacking,
+    ) -> HeldOfShare {
+        let Lacking { at, leaves, .. } = lacking;
+        if let Some(share) = self.all.get_mut(at) {
+            share.holds(ask.cost);
+        }
+        HeldOfShare { tokens: bucket.hold_some(now, ask.quota, ask.cost, leaves), at }
+    }
+
+    /// `taker` asks. Returns where its share is.
+    fn asks(&mut self, now: u64, common: Common, taker: Taker) -> usize {
         let quota = common.quota;
         let is_active = |share: &TakerShare| share.is_active(now, quota);
         if self.active == 0 || now.saturating_sub(self.counted) >= COUNTED_FOR {
@@ -263,30 +318,10 @@ impl Shares {
             self.counted = now;
         }
         let at = self.place(taker, is_active);
-        let takers = &mut self.active;
-        let wait = self.all.get_mut(at).and_then(|share| share.claim(now, common, cost, taker, takers));
-        let kept = quota.burst().div_ceil(2);
-        let leaves = if *takers > 1 && wait.is_some() { kept } else { 0 };
-        let leaves_take = Duration::from_nanos(u64::from(leaves).saturating_mul(quota.per_token));
-        let can_leave = cost.saturating_add(leaves) <= quota.burst();
-        Claim { at, leaves, can_leave, leaves_take, wait: wait.unwrap_or_default() }
-    }
-
-    /// The claim has passed: its tokens are held.
-    pub(super) fn passed(&mut self, claim: Claim, cost: u32) {
-        if let Some(share) = self.all.get_mut(claim.at) {
-            share.own.held = share.own.held.saturating_add(cost);
-            share.passed();
+        if let Some(share) = self.all.get_mut(at) {
+            share.is_asked(now, common, taker, &mut self.active);
         }
-    }
-
-    /// The claim has passed, and the call is over.
-    fn took(&mut self, now: u64, common: Common, claim: Claim, cost: u32) {
-        let takers = self.active.max(1);
-        if let Some(share) = self.all.get_mut(claim.at) {
-            share.passed();
-            share.pay(now, common.quota, cost, takers, common.short);
-        }
+        at
     }
 
     /// Counts for people that a call was refused.
@@ -491,15 +526,10 @@ impl SharedBucket {
         short: Shortfall,
     ) -> Result<(), TooFew> {
         self.asked = self.asked.max(now);
-        let common = Common { bucket: self.bucket, quota, short };
-        let claim = self.shares.claim(now, common, cost, taker);
-        let held = match self.bucket.hold_leaving(now, quota, cost, claim.leaves) {
-            Ok(()) => cost,
-            Err(_) if claim.passes(short) => self.bucket.hold_some(now, quota, cost, claim.leaves),
-            Err(wait) => return Err(claim.lacks(wait)),
-        };
-        self.bucket.settle(now, quota, held, held);
-        self.shares.took(now, common, claim, cost);
+        let ask = AskOfShare { quota, cost, taker, short };
+        let held = self.shares.hold(now, &mut self.bucket, ask).map_err(|lacking| lacking.too_few)?;
+        self.bucket.settle(now, quota, held.tokens, held.tokens);
+        self.shares.settle(now, quota, held.at, cost, cost, short);
         Ok(())
     }
 }
@@ -715,14 +745,11 @@ mod tests {
         uid: u32,
     ) -> bool {
         let shares = buckets.of(hash).unwrap();
-        let common = Common { bucket: *bucket, quota, short: Shortfall::Refuse };
-        let claim = shares.claim(SECOND, common, 1, taker(uid));
-        let passes = bucket.hold_leaving(SECOND, quota, 1, claim.leaves).is_ok();
-        if passes {
-            bucket.settle(SECOND, quota, 1, 1);
-            shares.took(SECOND, common, claim, 1);
-        }
-        passes
+        let ask = AskOfShare { quota, cost: 1, taker: taker(uid), short: Shortfall::Refuse };
+        let Ok(HeldOfShare { tokens, at }) = shares.hold(SECOND, bucket, ask) else { return false };
+        bucket.settle(SECOND, quota, tokens, 1);
+        shares.settle(SECOND, quota, at, 1, 1, Shortfall::Refuse);
+        true
     }
 
     /// They ask once each, one after the other, and nothing comes back meanwhile.
@@ -774,10 +801,8 @@ mod tests {
             let (mut now, mut open) = (SECOND, Vec::new());
             for (uid, later, ends) in calls {
                 now += later;
-                let common = Common { bucket: Bucket::default(), quota, short: Shortfall::Refuse };
-                let claim = shares.claim(now, common, 1, taker(uid));
-                shares.passed(claim, 1);
-                open.push(claim.at);
+                let ask = AskOfShare { quota, cost: 1, taker: taker(uid), short: Shortfall::Refuse };
+                open.push(shares.hold(now, &mut Bucket::default(), ask).unwrap().at);
                 for at in open.drain(..ends.min(open.len())) {
                     shares.settle(now, quota, at, 1, 1, Shortfall::Refuse);
                 }

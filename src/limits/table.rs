@@ -22,7 +22,7 @@ use super::{
     cells::{Cell, NOBODY, SEVERAL, Taken, cell, find, hash_at, seconds},
     parents::Parents,
     report::{BucketName, Heavy},
-    shares::{Alone, Common, SharedBuckets, Shares, Taker, Taking, TooFew},
+    shares::{Alone, AskOfShare, SharedBuckets, Shares, Taker, Taking, TooFew},
     table_size::TableSize,
 };
 
@@ -193,30 +193,28 @@ impl Table {
                 }
                 Taken::Several => shared.of(key.hash),
             }?;
-            let claim = shares.claim(now, Common { bucket: cell.bucket, quota, short }, cost, taker);
-            Some((shares, claim))
+            Some((shares, AskOfShare { quota, cost, taker, short }))
         });
-        let leaves = shares.as_ref().map_or(0, |(_, claim)| claim.leaves);
-        let passes = shares.as_ref().map_or(short == Shortfall::Pass, |(_, claim)| claim.passes(short));
-        let outcome = match cell.bucket.hold_leaving(now, quota, cost, leaves) {
-            Ok(()) => Ok(cost),
-            Err(_) if passes => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
-            Err(wait) => match spare() {
-                Ok(()) => Ok(cell.bucket.hold_some(now, quota, cost, leaves)),
-                Err(sooner) => Err((wait, sooner)),
+        let bucket = &mut cell.bucket;
+        let outcome = match shares {
+            Some((shares, ask)) => shares
+                .hold(now, bucket, ask)
+                .or_else(|lacking| match spare() {
+                    Ok(()) => Ok(shares.hold_all_the_same(now, bucket, ask, lacking)),
+                    Err(sooner) => Err(lacking.too_few.or_in(sooner)),
+                })
+                .map(|held| (held.tokens, Some(held.at))),
+            None => match bucket.hold_leaving(now, quota, cost, 0) {
+                Ok(()) => Ok((cost, None)),
+                Err(_) if short == Shortfall::Pass => Ok((bucket.hold_some(now, quota, cost, 0), None)),
+                Err(wait) => match spare() {
+                    Ok(()) => Ok((bucket.hold_some(now, quota, cost, 0), None)),
+                    Err(sooner) => Err(TooFew::from(wait).or_in(sooner)),
+                },
             },
         };
         cell.used = cell.used.saturating_add(u32::from(outcome.is_ok()));
-        let place = ChargedTo::Own(at);
-        Some(match (shares, outcome) {
-            (Some((shares, claim)), Ok(held)) => {
-                shares.passed(claim, cost);
-                Ok((place, held, Some(claim.at)))
-            }
-            (Some((_, claim)), Err((wait, sooner))) => Err(claim.lacks(wait).or_in(sooner)),
-            (None, Ok(held)) => Ok((place, held, None)),
-            (None, Err((wait, sooner))) => Err(TooFew::from(wait).or_in(sooner)),
-        })
+        Some(outcome.map(|(tokens, share)| (ChargedTo::Own(at), tokens, share)))
     }
 
     /// In a bucket of its own for a key that is not known, or in its parent's.
