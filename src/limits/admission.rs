@@ -114,11 +114,10 @@ impl Limits {
         method: Method,
         patience: Patience,
     ) -> Result<Admitted<P>, Refusal> {
-        let attempt = patience.first();
-        let (mut entering, done) = Entering::begin(&self.ledger, peer, method, patience);
-        match done {
+        let mut entering = Entering::new(&self.ledger, peer, method, patience);
+        match entering.begin() {
             // Boxed, as few calls wait.
-            Err(refusal) if !attempt.ends(&refusal) => Box::pin(entering.wait(refusal)).await?,
+            Err(refusal) if !patience.first().ends(&refusal) => Box::pin(entering.wait(refusal)).await?,
             done => done?,
         }
         Ok(entering.admitted())
@@ -129,8 +128,8 @@ impl Limits {
     /// # Errors
     /// As [`Limits::admit`].
     pub fn admit_caller<P: Caller>(&self, peer: P, method: Method) -> Result<Admitted<P>, Refusal> {
-        let (entering, done) = Entering::begin(&self.ledger, peer, method, Patience::NONE);
-        done?;
+        let mut entering = Entering::new(&self.ledger, peer, method, Patience::NONE);
+        entering.begin()?;
         Ok(entering.admitted())
     }
 
@@ -311,25 +310,26 @@ struct Passed {
 }
 
 impl<'a, P: Caller> Entering<'a, P> {
+    /// One that begins now.
+    fn new(ledger: &'a Arc<Ledger>, peer: P, method: Method, patience: Patience) -> Self {
+        let (caller, nth) = (peer.caller_key(), peer.begins_call());
+        // Its family is found with the plan that it is decided by.
+        let taker = Taker { caller, group: 0 };
+        let waiting = WaitOfCall::new(ledger.now(), patience);
+        Self { ledger, peer, call: CallerCall { taker, method, waiting, nth }, passed: None, slot: None }
+    }
+
     /// Goes as far as it comes at once.
-    fn begin(
-        ledger: &'a Arc<Ledger>,
-        peer: P,
-        method: Method,
-        patience: Patience,
-    ) -> (Self, Result<(), Refusal>) {
-        let (plan, now) = (ledger.plan(), ledger.now());
-        let caller = peer.caller_key();
-        let taker = Taker { caller, group: plan.families.group(caller) };
-        let call =
-            CallerCall { taker, method, waiting: WaitOfCall::new(now, patience), nth: peer.begins_call() };
-        let mut entering = Self { ledger, peer, call, passed: None, slot: None };
-        let attempt = patience.first();
-        let done = entering.go_on(&plan, now, attempt).map_err(|refusal| {
+    fn begin(&mut self) -> Result<(), Refusal> {
+        let ledger = self.ledger;
+        let (plan, waiting) = (ledger.plan(), self.call.waiting);
+        let group = plan.families.group(self.call.taker.caller);
+        self.call.taker.group = group;
+        let attempt = waiting.patience.first();
+        self.go_on(&plan, waiting.arrived, attempt).map_err(|refusal| {
             ledger.want(&refusal);
-            if attempt.ends(&refusal) { ledger.behind_waiting(refusal, taker.group) } else { refusal }
-        });
-        (entering, done)
+            if attempt.ends(&refusal) { ledger.behind_waiting(refusal, group) } else { refusal }
+        })
     }
 
     /// It went to the end.
@@ -403,6 +403,8 @@ impl Ledger {
         let dry = plan.dry || choice.rule.dry_run;
         let own = if choice.shared.is_some() { ChargedAs::Shared } else { caller.charged_as() };
         let costs = choice.rule.costs();
+        let shares = choice.shared.map(|_| taker);
+        let key = || self.caller_key(plan, caller, method, &choice);
         let (mut held, mut allowed) = (None, Some(own));
         let quota = limit.quota();
         let each = quota.map_or(Duration::ZERO, |quota| quota.time_of(costs.answer()));
@@ -417,10 +419,9 @@ impl Ledger {
         };
         let lack = match limit {
             Limit::Exempt | Limit::Unlimited => None,
-            Limit::Block => Some(lacking(Reason::Blocked, Duration::MAX.into())),
+            Limit::Block => Some((key(), lacking(Reason::Blocked, Duration::MAX.into()))),
             Limit::Quota(quota) => {
-                let key = self.caller_key(plan, caller, method, &choice);
-                let shares = choice.shared.map(|_| taker);
+                let key = key();
                 let ask = Ask { key, quota, since, cost: costs.answer(), taker: shares, attempt };
                 let short = self.shortfall_of(nth, origin);
                 let mut callers = self.callers();
@@ -439,19 +440,17 @@ impl Ledger {
                     Err(lack) => {
                         // One that is refused has no bucket where the table has no room for it.
                         let charged_as = if callers.knows(key) { own } else { ChargedAs::Overflow };
-                        Some(Scarcity { charged_as, ..lacking(Reason::Rate, lack) })
+                        Some((key, Scarcity { charged_as, ..lacking(Reason::Rate, lack) }))
                     }
                 }
             }
         };
-        if let Some(lack) = lack {
+        if let Some((key, lack)) = lack {
             let lack = Scarcity { retry_after: self.wait_by(choice.rule, limit, lack.retry_after), ..lack };
             let question = Question { plan, stage: Stage::Caller, method, dry, attempt };
             let name = || Some(caller_name(caller, &choice).charged_as(lack.charged_as));
             let done = self.refuse(&question, lack, name);
             if attempt.counts(&done) {
-                let shares = choice.shared.map(|_| taker);
-                let key = self.caller_key(plan, caller, method, &choice);
                 match limit {
                     // It takes no tokens, and has no bucket but this.
                     Limit::Block => {

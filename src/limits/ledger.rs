@@ -252,6 +252,9 @@ impl Ledger {
     /// When a call that a rule refuses now for so long would pass, with the next of its windows opened or closed. Where the limit is
     /// tighter then, that is not reckoned.
     pub(super) fn wait_by(&self, rule: &Rule, limit: Limit, wait: Duration) -> Duration {
+        if rule.schedule().is_empty() {
+            return wait;
+        }
         let wall = self.wall.now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let next = i64::try_from(wall.as_secs()).ok().and_then(|unix| rule.schedule().next(unix));
         let Some((at, written)) = next else { return wait };

@@ -131,8 +131,8 @@ impl SoftLimits {
 
     /// The steps that are set, with their place in [`SoftLimits::STEPS`].
     pub(super) fn steps(self) -> impl Iterator<Item = (usize, u8)> {
-        let all = Self::STEPS.into_iter().enumerate();
-        all.filter(move |(at, _)| self.0 & 1 << at != 0).map(|(at, (step, _))| (at, step))
+        let all = Self::STEPS.iter().enumerate();
+        all.filter(move |(at, _)| self.0 & 1 << at != 0).map(|(at, (step, _))| (at, *step))
     }
 }
 

@@ -20,7 +20,7 @@ use super::{
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WaitOfCall {
     /// In nanoseconds since the limits were made.
-    arrived: u64,
+    pub(super) arrived: u64,
     pub(super) patience: Patience,
     /// What it has waited for tokens and for a place among the attestations, in nanoseconds.
     for_tokens: u64,
