@@ -123,6 +123,16 @@ impl OpenPlace {
     }
 }
 
+/// What a group holds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct HeldByGroup {
+    /// Connections.
+    pub(super) open: u32,
+    pub(super) bytes: u64,
+    /// Of these, what the kernel keeps of the names of its processes.
+    pub(super) names: u64,
+}
+
 #[derive(Debug)]
 pub(super) struct GroupAccount {
     /// In the order in which they came.
@@ -254,9 +264,13 @@ impl Accounts {
         (self.open_of(caller), own.map(|(_, holding)| holding.bytes()).sum())
     }
 
-    /// Connections of a group, and the bytes that it holds.
-    pub(super) fn of_group(&self, group: u64) -> (u32, u64) {
-        self.groups.get(&group).map_or((0, 0), |account| (account.open(), account.held.bytes()))
+    /// What a group holds.
+    pub(super) fn of_group(&self, group: u64) -> HeldByGroup {
+        self.groups.get(&group).map_or_else(HeldByGroup::default, |account| HeldByGroup {
+            open: account.open(),
+            bytes: account.held.bytes(),
+            names: account.held.names.bytes(),
+        })
     }
 
     /// Takes one in, which holds so many bytes at once.
@@ -539,7 +553,7 @@ mod tests {
                 let sum = |group: u64| -> u64 {
                     open.iter().filter(|it| u64::from(it.0 / 2) == group).map(|it| it.2.bytes()).sum()
                 };
-                prop_assert_eq!([0, 1].map(|group| accounts.of_group(group).1), [sum(0), sum(1)]);
+                prop_assert_eq!([0, 1].map(|group| accounts.of_group(group).bytes), [sum(0), sum(1)]);
                 prop_assert_eq!(accounts.node.bytes(), sum(0) + sum(1));
                 let own: u64 = open.iter().filter(|it| it.0 == 1).map(|it| it.2.bytes()).sum();
                 prop_assert_eq!(accounts.of_caller(&CallerKey::Uid(1)).1, own);

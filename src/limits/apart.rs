@@ -66,6 +66,10 @@ impl ApartByKey {
         change: QuotaChange,
         quota: Quota,
     ) {
+        // As most are.
+        if bucket.is_under(now, quota) {
+            return;
+        }
         let mut of_key = if bucket.has_apart() { self.0.remove(&hash) } else { None };
         bucket.come_under(now, change, quota, &mut of_key);
         if let Some(kept) = of_key {

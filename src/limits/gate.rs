@@ -536,16 +536,16 @@ impl SharedGate {
             self.look(state);
         }
         let group = plan.families.group(caller);
-        let (group_open, group_bytes) = state.accounts.of_group(group);
+        let held = state.accounts.of_group(group);
         Arriving {
             plan,
             rule: plan.rule(&caller),
             caller,
             group,
             open: state.accounts.open_of(&caller),
-            group_open,
-            group_bytes,
-            group_names: state.accounts.names_of(group),
+            group_open: held.open,
+            group_bytes: held.bytes,
+            group_names: held.names,
             of_family: plan.families.of(caller).is_some(),
             now,
             attempt,
@@ -710,7 +710,8 @@ impl GateState {
             return Some(Vacancy::Beside);
         }
         let (part, each) = (part?, self.each_may_have(plan));
-        let may_lose = |group| part != KeptFor::Few || self.accounts.of_group(group).0 > each.max(group_open);
+        let may_lose =
+            |group| part != KeptFor::Few || self.accounts.of_group(group).open > each.max(group_open);
         self.places.vacancy(part, now, it.group, may_lose)
     }
 
@@ -729,7 +730,7 @@ impl GateState {
                     && let Some(holding) = holding.upgrade()
                 {
                     holding.tell(Notice::Close);
-                    let held = u64::from(self.accounts.of_group(group).0);
+                    let held = u64::from(self.accounts.of_group(group).open);
                     let (short, share, notice) =
                         (Short::Descriptors, self.connections.share(), Notice::Close);
                     if self.told.len() < MOST_TOLD {

@@ -80,6 +80,7 @@ impl Gate {
         let most = rule.connections.filter(|_| matches!(rule.limit(), Limit::Quota(_) | Limit::Unlimited));
         let state = self.shared.state();
         let of_group = state.accounts.of_group(plan.families.group(caller));
+        let of_group = (of_group.open, of_group.bytes);
         let (own, family) = match plan.families.of(caller) {
             Some(_) => (state.accounts.of_caller(&caller), Some(of_group)),
             None => (of_group, None),

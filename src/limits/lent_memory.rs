@@ -50,7 +50,7 @@ impl LentMemory {
 
     /// There is memory beside it: who was let in on it holds what all hold.
     pub(super) fn give_back(&mut self) {
-        for Lent { holding, .. } in self.lent.drain(..) {
+        while let Some(Lent { holding, .. }) = self.lent.pop_front() {
             if let Some(holding) = holding.upgrade() {
                 holding.take_from_reserve();
             }

@@ -96,11 +96,6 @@ impl Accounts {
         }
     }
 
-    /// Bytes of names that a group holds.
-    pub(super) fn names_of(&self, group: u64) -> u64 {
-        self.groups.get(&group).map_or(0, |account| account.held.names.bytes())
-    }
-
     /// Bytes of names that somebody holds.
     pub(super) fn names_held(&self) -> u64 {
         self.groups.values().map(|account| account.held.names.bytes()).fold(0, u64::saturating_add)
@@ -148,7 +143,7 @@ mod tests {
     }
 
     fn held(accounts: &Accounts) -> [u64; 3] {
-        [1, 2, 3].map(|uid| accounts.of_group(uid).1 / KIB)
+        [1, 2, 3].map(|uid| accounts.of_group(uid).bytes / KIB)
     }
 
     fn exactly(kib: u64) -> KeptOfNames {

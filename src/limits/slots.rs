@@ -141,16 +141,14 @@ impl SlotsState {
         if *in_use >= *all {
             return Err(Full::Node);
         }
-        let has = by_caller.of(&caller);
-        let others = by_caller.len() - usize::from(has > 0);
-        let callers = u32::try_from(others).unwrap_or(u32::MAX).saturating_add(1);
-        let share = (*all / callers.saturating_add(1)).clamp(1, *per_caller);
-        if has >= share || has > 0 && *in_use >= *all - *all / RESERVE {
-            return Err(Full::Share);
-        }
-        by_caller.add(caller);
+        let may = |has: u32, others: usize| {
+            let callers = u32::try_from(others).unwrap_or(u32::MAX).saturating_add(1);
+            let share = (*all / callers.saturating_add(1)).clamp(1, *per_caller);
+            has < share && (has == 0 || *in_use < *all - *all / RESERVE)
+        };
+        let has = by_caller.add_if(caller, may).ok_or(Full::Share)?;
         *in_use += 1;
-        Ok(has + 1)
+        Ok(has)
     }
 
     /// The first that waits and may have a slot, which is taken for it: its caller's number, and how many that has then.

@@ -23,6 +23,21 @@ impl<K: Copy + Eq + Hash> Tally<K> {
         *self.0.entry(key).or_insert(0) += 1;
     }
 
+    /// Adds one if it `may`: that is told what the key has, and how many others have something. Returns what it has then.
+    pub(super) fn add_if(&mut self, key: K, may: impl FnOnce(u32, usize) -> bool) -> Option<u32> {
+        let keys = self.0.len();
+        match self.0.entry(key) {
+            Entry::Occupied(mut entry) => {
+                let has = entry.get_mut();
+                may(*has, keys - 1).then(|| {
+                    *has += 1;
+                    *has
+                })
+            }
+            Entry::Vacant(entry) => may(0, keys).then(|| *entry.insert(1)),
+        }
+    }
+
     /// Takes one away; a key with none left is forgotten.
     pub(super) fn take(&mut self, key: K) {
         if let Entry::Occupied(mut entry) = self.0.entry(key) {

@@ -313,6 +313,9 @@ impl Default for AuditTrail {
     }
 }
 
+/// So much of the end of a part is looked for: to get ready to look for all of it takes longer than to look through a message.
+const END: usize = 16;
+
 /// Looks for parts of a message, most of which are there one behind the other: what is found costs no more than the way to it.
 struct HeldInOrder<'a> {
     message: &'a [u8],
@@ -322,9 +325,14 @@ struct HeldInOrder<'a> {
 
 impl HeldInOrder<'_> {
     fn holds(&mut self, part: &[u8]) -> bool {
+        // Of keys and certificates it is random, so that none overlaps another.
+        let end = part.last_chunk::<END>().map_or(part, <[u8; END]>::as_slice);
+        let ends = memmem::Finder::new(end);
         let behind = |from: usize| {
             let rest = self.message.get(from..).unwrap_or_default();
-            memmem::find(rest, part).map(|at| from + at + part.len())
+            let mut found = ends.find_iter(rest).map(|at| at + end.len());
+            let to = found.find(|to| rest.get(..*to).is_some_and(|before| before.ends_with(part)))?;
+            Some(from + to)
         };
         let found = behind(self.from).or_else(|| behind(0));
         self.from = found.unwrap_or(self.from);
