@@ -8,7 +8,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
 use super::{
@@ -243,13 +243,25 @@ pub(super) struct Accounts {
     kept: usize,
     /// What is owed by those for whom there was no room.
     owed_until: u64,
+    /// What the kernel keeps of names that nobody was found to hold, and what was forgotten of those that were found.
+    pub(super) read_kept: u64,
+    pub(super) forgotten: u64,
     next: u64,
     pub(super) node: Arc<NodeHeld>,
 }
 
 impl Accounts {
     pub(super) fn new(node: Arc<NodeHeld>) -> Self {
-        Self { callers: Tally::default(), groups: HashMap::default(), kept: 0, owed_until: 0, next: 0, node }
+        Self {
+            callers: Tally::default(),
+            groups: HashMap::default(),
+            kept: 0,
+            owed_until: 0,
+            read_kept: 0,
+            forgotten: 0,
+            next: 0,
+            node,
+        }
     }
 
     /// Connections of a caller.
@@ -311,6 +323,7 @@ impl Accounts {
         }
         // Of the names nobody else can be told apart by then.
         account.held.set_names(0, &self.node);
+        self.forgotten += account.held.names.pinned.load(Relaxed);
         self.groups.remove(&place.group);
         self.owed_until = self.owed_until.max(until);
     }

@@ -371,8 +371,13 @@ impl Gate {
         self.shared.state().accounts.found_names(caller, group, held, unknown);
     }
 
-    /// Whether further processes of `user` may be read before they are let in: not while memory is short, and as many were in vain as
-    /// make a part of it that only one who holds something has.
+    /// Of how many processes what was found is forgotten since this was last asked.
+    pub fn names_forgotten(&self) -> u64 {
+        self.shared.state().accounts.names_forgotten()
+    }
+
+    /// Whether further processes of `user` may be read before they are let in: not while memory is short, and the kernel keeps as
+    /// much of those that were read in vain as makes a part of it that only one who holds something has.
     pub fn may_show_processes(&self, user: CallerKey) -> bool {
         if !self.room().is_short(Short::Memory) {
             return true;
@@ -408,7 +413,7 @@ impl Gate {
 
     /// Refuses one of a `user` of whose processes no more [may be read](Self::may_show_processes).
     pub fn refuse_unread(&self, user: CallerKey) -> ConnectionRefusal {
-        self.refuse_outright(user, |_it, _state| ConnectionRefusal::Memory)
+        self.refuse_outright(user, |_it, _state| ConnectionRefusal::MemoryTaken)
     }
 
     /// Refuses one without asking whether there is room, and counts and tells it.

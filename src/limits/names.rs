@@ -50,11 +50,14 @@ impl Accounts {
         let (pinned, read) = (sum(|names| &names.pinned), sum(|names| &names.read));
         let of_pinned = pinned.min(most);
         let of_read = read.min(least.saturating_sub(of_pinned));
+        self.read_kept = least.saturating_sub(of_pinned);
         for account in self.groups.values() {
             let names = &account.held.names;
             let own =
                 [(&names.pinned, of_pinned, pinned, PINNED_FADES), (&names.read, of_read, read, READ_FADES)];
+            let before = names.pinned.load(Relaxed);
             let holds = own.map(|(own, held, all, fades)| part(held, fade(own, held, all, fades), all));
+            self.forgotten += before.saturating_sub(names.pinned.load(Relaxed));
             fade(&names.in_vain, of_read, read, READ_FADES);
             account.held.set_names(holds.iter().sum(), &self.node);
         }
@@ -82,9 +85,10 @@ impl Accounts {
         }
     }
 
-    /// Bytes of names, at most, of processes of a user that were read in vain.
+    /// Bytes of names, at most, that the kernel keeps of processes of a user that were read in vain.
     pub(super) fn read_in_vain(&self, group: u64) -> u64 {
-        self.groups.get(&group).map_or(0, |account| account.held.names.in_vain.load(Relaxed))
+        let in_vain = self.groups.get(&group).map_or(0, |account| account.held.names.in_vain.load(Relaxed));
+        in_vain.min(self.read_kept)
     }
 
     /// Somebody holds the names of so many processes of a caller; of so many it is not known.
@@ -94,6 +98,13 @@ impl Accounts {
             names.pinned.fetch_add(held.saturating_mul(OF_PIDFD), Relaxed);
             names.read.fetch_add(unknown.saturating_mul(OF_PIDFD), Relaxed);
         }
+    }
+
+    /// Of how many processes, since this was last asked, what was found is forgotten.
+    pub(super) fn names_forgotten(&mut self) -> u64 {
+        let processes = self.forgotten / OF_PIDFD;
+        self.forgotten %= OF_PIDFD;
+        processes
     }
 
     /// Bytes of names that somebody holds.
@@ -204,6 +215,36 @@ mod tests {
         }
         assert_eq!(held(&accounts), [20, 0, 0]);
         assert!(accounts.read_in_vain(2) <= 20 * KIB, "{}", accounts.read_in_vain(2));
+    }
+
+    /// One process that tries again and again, and keeps nothing, has nobody of its user refused.
+    #[test]
+    fn what_was_read_in_vain_is_no_more_than_the_kernel_keeps() {
+        let mut accounts = accounts();
+        for (kept, want) in [(0, 0), (50, 50), (0, 0), (5000, 2000)] {
+            accounts.names_are(exactly(kept));
+            for _ in 0..1000 {
+                accounts.reads_process(CallerKey::Pod([1; 16]), 1, 7);
+                accounts.reads_in_vain(CallerKey::Uid(2), 2);
+            }
+            assert!(accounts.read_in_vain(2) >= want * KIB, "{kept} KiB");
+            assert!(kept > 2000 || accounts.read_in_vain(2) == want * KIB, "{kept} KiB");
+        }
+    }
+
+    /// What is forgotten may be found once more: whoever has let go of a name may hold it again.
+    #[test]
+    fn what_fades_is_forgotten_process_by_process() {
+        let mut accounts = accounts();
+        pin(&mut accounts, 1, 5000);
+        accounts.names_are(exactly(5000));
+        assert_eq!(accounts.names_forgotten(), 0);
+        let mut forgotten = 0;
+        for _ in 0..10_000 {
+            accounts.names_are(exactly(1000));
+            forgotten += accounts.names_forgotten();
+        }
+        assert!((3990..=4000).contains(&forgotten), "{forgotten}");
     }
 
     #[test]

@@ -49,6 +49,7 @@ impl<K: Copy + Eq + Hash> Tally<K> {
     }
 
     /// How many keys have a number.
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }

@@ -5,7 +5,7 @@
 //! long as there is the socket, and an inode that was made anew says when. So of some connections that have ended the
 //! socket is kept for a moment, and asked once more: an inode as old as the agent's own is held by somebody else.
 //!
-//! A process has one, however often it connects, and anybody may hold it: so an inode counts once.
+//! A process has one, however often it connects, and anybody may hold it: so an inode counts once, until what was found fades.
 
 use std::{
     collections::HashSet,
@@ -154,6 +154,16 @@ impl EndedConnections {
         found
     }
 
+    /// Of so many processes what was found is forgotten, whichever they were: as many inodes may count once more.
+    pub fn forget(&self, processes: u64) {
+        let counted = &mut self.lock().counted;
+        let forgotten: Vec<u64> =
+            counted.iter().copied().take(usize::try_from(processes).unwrap_or(usize::MAX)).collect();
+        for number in forgotten {
+            counted.remove(&number);
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, EndedSample> {
         self.sample.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -249,6 +259,9 @@ mod tests {
             held += ended.look().iter().map(|found| found.held).sum::<u64>();
         }
         assert_eq!(held, 2, "once, for as many as each that is asked after stands for");
+        ended.forget(1);
+        end(&ended, 1);
+        assert_eq!(ended.look().iter().map(|found| found.held).sum::<u64>(), 1, "and once more");
         ended.ask(false);
         assert!(ended.lock().counted.is_empty(), "nothing is remembered");
     }
