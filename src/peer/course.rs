@@ -428,7 +428,7 @@ mod tests {
         let start = Instant::now();
         let mut course = course(&turns, start, start + 10 * TICK);
         let told = start + 2 * TICK;
-        (0..=40).for_each(|nth| turns.pauses().hold_up(start + nth * TICK / 20));
+        turns.pauses().wasted_all_the_time(start, told);
         course.drain(told);
         assert_eq!(course.look(told), Verdict::GoesOn);
         assert!(course.drains());

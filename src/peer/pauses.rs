@@ -1,5 +1,5 @@
 //! When a connection is read no more for a while: its caller was given too many answers that were no work to conserve, or
-//! it asks for much at once while memory is out.
+//! it asks for much at once while there is no room.
 //!
 //! How many are too many is its caller's bucket ([`Holding::wasted`]). A connection that was given a few of them is read on
 //! meanwhile, so that whoever errs now and then beside others of its user who do nothing else notices nothing.
@@ -22,7 +22,7 @@ const FEW: u32 = 10;
 const AT_A_TIME: Duration = Duration::from_secs(1);
 /// How long a connection is held up while memory is out.
 const A_MOMENT: Duration = Duration::from_millis(50);
-/// After pauses without anything between them for so long the connection has to go.
+/// After pauses for too many of them, without anything between, for so long the connection has to go.
 const ENOUGH: Duration = Duration::from_secs(10);
 
 /// The pauses of one connection. Written by the tasks of its requests and its own.
@@ -40,8 +40,9 @@ struct PauseCourse {
     given: u32,
     /// Until when nothing is read.
     until: Option<Instant>,
-    /// Since when there was no time to speak of between two pauses.
+    /// Since when there was no time to speak of between two pauses for too many of them, and when the last of these ends.
     since: Option<Instant>,
+    last: Option<Instant>,
 }
 
 impl PauseCourse {
@@ -55,10 +56,21 @@ impl PauseCourse {
     }
 
     fn pause(&mut self, now: Instant, wait: Duration) {
-        if self.until.is_none_or(|until| now >= until + AT_A_TIME) {
+        if !self.follows(now) {
             self.since = Some(now);
         }
-        self.until = self.until.max(Some(now + wait.min(AT_A_TIME)));
+        self.last = self.last.max(Some(now + wait.min(AT_A_TIME)));
+        self.until = self.until.max(self.last);
+    }
+
+    /// Whether what comes now comes close behind the last pause.
+    fn follows(&self, now: Instant) -> bool {
+        self.last.is_some_and(|last| now < last + AT_A_TIME)
+    }
+
+    /// Whether such pauses have gone on for too long.
+    fn is_enough(&self, now: Instant) -> bool {
+        self.follows(now) && self.since.is_some_and(|since| now >= since + ENOUGH)
     }
 }
 
@@ -66,6 +78,15 @@ impl Pauses {
     /// None yet; the bucket is that of `holding`.
     pub(super) fn new(holding: Arc<Holding>) -> Self {
         Self { holding, paused: AtomicBool::new(false), course: Mutex::default() }
+    }
+
+    /// Too many were given from then until then.
+    #[cfg(test)]
+    pub(super) fn wasted_all_the_time(&self, from: Instant, until: Instant) {
+        self.course(|course| {
+            (course.since, course.last, course.until) = (Some(from), Some(until), Some(until));
+        });
+        self.paused.store(true, Relaxed);
     }
 
     fn course<R>(&self, f: impl FnOnce(&mut PauseCourse) -> R) -> R {
@@ -85,15 +106,8 @@ impl Pauses {
         });
     }
 
-    /// It asks for more than can be answered while memory is out: nothing further is read for a moment, be it a
-    /// WINDOW_UPDATE. What it has not sent takes nothing here.
-    pub(super) fn hold_up(&self, now: Instant) {
-        self.course(|course| course.pause(now, A_MOMENT));
-        self.paused.store(true, Relaxed);
-    }
-
-    /// It asks for more than is answered at once, without room on the node: what it asks further waits in the kernel for a
-    /// moment. That is no fault of its own.
+    /// It asks for more than is answered at once, without room on the node, or than there is memory for: nothing further is read
+    /// for a moment, be it a WINDOW_UPDATE. What it has not sent takes nothing here. That is no fault of its own.
     pub(super) fn rest(&self, now: Instant) {
         self.course(|course| course.until = course.until.max(Some(now + A_MOMENT)));
         self.paused.store(true, Relaxed);
@@ -122,7 +136,7 @@ impl Pauses {
                     None => self.paused.store(false, Relaxed),
                 }
             }
-            course.since.is_some_and(|since| now >= since + ENOUGH)
+            course.is_enough(now)
         })
     }
 }
@@ -152,6 +166,24 @@ mod tests {
             }
             assert_eq!(has_to_go, goes, "{case}");
             assert!(goes || !pauses.paused(), "{case}");
+        }
+    }
+
+    /// Whoever waits for memory beside others, and erred for a moment some time ago, errs no more for that.
+    #[tokio::test(start_paused = true)]
+    async fn who_only_waits_for_room_never_has_to_go() {
+        let gate = Gate::of_defaults(64 << 20);
+        let permit = gate.open(CallerKey::Uid(1)).unwrap();
+        let pauses = Pauses::new(Arc::clone(permit.holding()));
+        while !pauses.paused() {
+            pauses.wasted(Instant::now());
+        }
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(60) {
+            pauses.rest(Instant::now());
+            tokio::time::advance(A_MOMENT / 2).await;
+            assert!(!pauses.go_on(Instant::now()), "{:?}", began.elapsed());
+            assert!(pauses.paused(), "{:?}", began.elapsed());
         }
     }
 

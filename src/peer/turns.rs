@@ -279,7 +279,7 @@ impl Turns {
             let more = turns.streams().saturating_sub(before);
             if more > 0 && !self.holding.try_hold(more) {
                 self.holding.hold(more);
-                self.pauses.hold_up(Instant::now());
+                self.pauses.rest(Instant::now());
             }
         });
     }
@@ -296,7 +296,7 @@ impl Turns {
                 turns.pinned = turns.pinned.saturating_add(bytes);
                 if !self.holding.try_hold(bytes) {
                     self.holding.hold(bytes);
-                    self.pauses.hold_up(Instant::now());
+                    self.pauses.rest(Instant::now());
                 }
             }
         });
@@ -434,13 +434,11 @@ impl Turn {
             let no_room = is_new && !slots.slots.is_empty() && !turns.holding.try_hold(further);
             if no_room {
                 turns.holding.hold(further);
-                turns.pauses.hold_up(Instant::now());
+                turns.pauses.rest(Instant::now());
             }
             let crowded = no_room || reckoned.is_none() && out_of_memory;
             let unanswered = || slots.slots.iter().filter(|slot| slot.open && !slot.rests).count();
-            if out_of_memory && unanswered() >= FEW {
-                turns.pauses.hold_up(Instant::now());
-            } else if reckoned.is_none() && !turns.holding.has_room() {
+            if out_of_memory && unanswered() >= FEW || reckoned.is_none() && !turns.holding.has_room() {
                 turns.pauses.rest(Instant::now());
             }
             let waits = reckoned.is_none() && !crowded && !turns.holding.is_above_share();
