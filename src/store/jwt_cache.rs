@@ -197,8 +197,7 @@ impl JwtCache {
             }
             FoundJwt::Nothing(made) => {
                 self.metrics.jwt_cache(CacheResult::Miss);
-                let svid = self.make(key, &made, entry, audience, whom).await?;
-                Ok(Fetched { svid, signed: true })
+                self.make(key, &made, entry, audience, whom).await
             }
         }
     }
@@ -280,10 +279,14 @@ impl JwtCache {
         entry: &Arc<Entry>,
         audience: &[String],
         whom: AuditedCaller,
-    ) -> Result<Arc<JwtSvid>, MintError> {
+    ) -> Result<Fetched, MintError> {
         let deadline = issuer::deadline();
-        let making = made.get_or_try_init(|| self.mint(entry, audience, whom, deadline));
-        // It may wait for another call that makes the token.
+        let mut signed = false;
+        let making = made.get_or_try_init(|| {
+            signed = true;
+            self.mint(entry, audience, whom, deadline)
+        });
+        // It may wait for another call that makes the token, and does not pay for it then.
         let token = issuer::by(deadline, making).await.cloned();
         let mut table = self.lock();
         match &token {
@@ -307,7 +310,7 @@ impl JwtCache {
                 }
             }
         }
-        token
+        token.map(|svid| Fetched { svid, signed })
     }
 
     fn renew_in_background(
@@ -509,7 +512,10 @@ mod tests {
         let audience = audience(&["a"]);
         let key = key(&id(1), None, &audience);
         let FoundJwt::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
-        cache.make(key, &made, &entry, &audience, AuditedCaller::of_uid(7)).await.unwrap();
+        let make = || cache.make(key, &made, &entry, &audience, AuditedCaller::of_uid(7));
+        let herd = futures_util::future::join_all((0..20).map(|_| make())).await;
+        let signed = herd.into_iter().filter(|fetched| fetched.as_ref().unwrap().signed).count();
+        assert_eq!(signed, 1, "one of all who ask meanwhile has it signed");
 
         let due = now + Duration::from_secs(200);
         assert!(matches!(cache.find(key, &id(1), due), FoundJwt::Due(_)));

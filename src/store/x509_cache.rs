@@ -428,12 +428,18 @@ impl X509Cache {
             return Err(MintError::Entry { retry_after: Some(wait), source: Box::new(NotSignedFor) });
         }
         let cell = Arc::clone(self.lock().making.entry(key.clone()).or_default());
-        let making = cell.get_or_try_init(|| async {
-            let mut made = self.issuer.mint_x509(std::slice::from_ref(entry), deadline).await;
-            let svid = made.pop().unwrap_or(Err(MintError::Late))?;
-            Ok(self.keep(entry, Arc::new(svid), Some(whom)))
+        let mut signed = false;
+        let making = cell.get_or_try_init(|| {
+            signed = true;
+            async {
+                let mut made = self.issuer.mint_x509(std::slice::from_ref(entry), deadline).await;
+                let svid = made.pop().unwrap_or(Err(MintError::Late))?;
+                Ok(self.keep(entry, Arc::new(svid), Some(whom)))
+            }
         });
         let made = issuer::by(deadline, making).await.cloned();
+        // Who waited for it while another had it made does not pay for it.
+        let made = made.map(|served| Served { signed, ..served });
         let mut table = self.lock();
         if let Err(error) = &made {
             // Once for all who waited for it.
@@ -575,9 +581,11 @@ impl Drop for Hold {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::{
-        identity::{KeyType, TrustDomain},
+        identity::{AskedSelectors, EntryAttributes, KeyType, TrustDomain},
         issuer::{
             embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
             metrics::IssuerMetrics,
@@ -585,18 +593,21 @@ mod tests {
         telemetry::metrics::Metrics,
     };
 
-    #[tokio::test]
-    async fn what_calls_that_went_away_began_is_forgotten() {
-        let dir = tempfile::tempdir().unwrap();
+    fn issuer(dir: &Path) -> Arc<EmbeddedIssuer> {
         let settings = EmbeddedSettings {
             trust_domain: TrustDomain::parse("td").unwrap(),
-            data_dir: dir.path().join("data"),
+            data_dir: dir.join("data"),
             svid_key_type: KeyType::EcP256,
             issuer: IssuerSettings::default(),
         };
         let counted = Arc::new(IssuerMetrics::new(Metrics::default().registry()));
-        let issuer = Arc::new(EmbeddedIssuer::open(settings, Clock::SYSTEM, counted).unwrap());
-        let cache = X509Cache::new(issuer, Clock::SYSTEM, 10, None);
+        Arc::new(EmbeddedIssuer::open(settings, Clock::SYSTEM, counted).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_calls_that_went_away_began_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = X509Cache::new(issuer(dir.path()), Clock::SYSTEM, 10, None);
         let named = SpiffeId::parse("spiffe://td/web").unwrap();
         let begin =
             |id| Arc::clone(cache.lock().making.entry((EntryId::new(id), 0, named.clone())).or_default());
@@ -605,6 +616,29 @@ mod tests {
         cache.due(1, |_| None);
         let left: Vec<String> = cache.lock().making.keys().map(|(id, _, _)| id.to_string()).collect();
         assert_eq!(left, ["waited for"]);
+    }
+
+    #[tokio::test]
+    async fn of_all_who_ask_meanwhile_one_has_it_signed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = X509Cache::new(issuer(dir.path()), Clock::SYSTEM, 10, None);
+        let entry = Arc::new(Entry {
+            id: EntryId::new("1"),
+            spiffe_id: SpiffeId::parse("spiffe://td/web").unwrap(),
+            selectors: AskedSelectors::default(),
+            x509_svid_ttl: None,
+            jwt_svid_ttl: None,
+            hint: "".into(),
+            dns_names: Vec::new(),
+            federates_with: Default::default(),
+            created_at: 0,
+            revision: 0,
+            attributes: EntryAttributes::default(),
+        });
+        let ask = || cache.of_entry(&entry, AuditedCaller::of_uid(1));
+        let herd = futures_util::future::join_all((0..20).map(|_| ask())).await;
+        assert_eq!(herd.into_iter().filter(|served| served.as_ref().unwrap().signed).count(), 1);
+        assert!(!ask().await.unwrap().signed, "it is there");
     }
 
     #[test]
