@@ -62,8 +62,8 @@ impl Drop for CountedHead {
         if self.reached.has_lacked_memory() {
             self.refuse_for_memory(&RequestError::NoMemoryToRead);
         }
-        if self.reached.was_unfinished() {
-            self.refuse(&RequestError::Unfinished, Limits::note_refused);
+        if let Some(bytes) = self.reached.was_unfinished() {
+            self.refuse(&RequestError::Unfinished { bytes }, Limits::note_refused);
         }
         if !self.reached.has_count() {
             self.journal.ended(self.method, self.code.unwrap_or(Code::Cancelled));
@@ -100,7 +100,7 @@ impl http_body::Body for CountedBody {
         let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
         match &frame {
             Some(Err(BodyError::NoMemory)) => this.reached.lacks_memory(),
-            Some(Err(BodyError::Unfinished)) => this.reached.is_unfinished(),
+            Some(Err(BodyError::Unfinished { bytes })) => this.reached.is_unfinished(*bytes),
             _ => {}
         }
         Poll::Ready(frame)

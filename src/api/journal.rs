@@ -15,6 +15,7 @@ use crate::{
     attest::{AttestError, AttestFault, Blame},
     limits::{
         Method,
+        budget::UPLOADS,
         pace::{Complaints, Pace, Settled},
     },
     peer::Peer,
@@ -166,15 +167,17 @@ impl Journal {
                     tracing::warn!(method = rpc, caller, pid, reason, error, times, "could not make an SVID");
                 });
             }
-            RequestError::Unfinished => self.complain(by, Complaint::Unfinished, |line| {
+            RequestError::Unfinished { bytes } => self.complain(by, Complaint::Unfinished, |line| {
                 let AboutCaller { caller, pid, times, .. } = line;
                 tracing::warn!(
                     method = rpc,
                     caller,
                     pid,
+                    bytes,
+                    most = UPLOADS,
                     times,
-                    "calls are refused, as a connection has begun too many large requests at once: make fewer at once, or on several \
-                     connections"
+                    "calls are refused, as memory is short, their caller holds its share of it, and on one connection more bytes of \
+                     requests are not complete than may be then: make fewer large requests at once"
                 );
             }),
             RequestError::NoPeer => self.no_peer.say(|left_out| {
@@ -389,7 +392,7 @@ mod tests {
                 ("crowded", RequestError::Crowded),
                 ("no_memory", RequestError::NoMemory),
                 ("no_memory", RequestError::NoMemoryToRead),
-                ("unfinished", RequestError::Unfinished),
+                ("unfinished", RequestError::Unfinished { bytes: 70_000 }),
                 ("not_implemented", RequestError::NoWitSvids),
                 ("not_implemented", RequestError::NoWitBundles),
             ]

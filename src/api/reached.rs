@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering::Relaxed},
+    atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
 };
 
 use http::Extensions;
@@ -19,8 +19,8 @@ struct ReachedPoints {
     count: AtomicBool,
     /// There was no memory for what of it was not complete.
     lack: AtomicBool,
-    /// Its connection had too many bytes of what was not complete.
-    unfinished: AtomicBool,
+    /// The bytes of what was not complete on its connection, where they were too many.
+    unfinished: AtomicU64,
 }
 
 impl Reached {
@@ -44,13 +44,13 @@ impl Reached {
         self.0.lack.store(true, Relaxed);
     }
 
-    /// Its connection has too many bytes of requests that are not complete.
-    pub(super) fn is_unfinished(&self) {
-        self.0.unfinished.store(true, Relaxed);
+    /// Its connection has so many bytes of requests that are not complete, which are too many.
+    pub(super) fn is_unfinished(&self, bytes: u64) {
+        self.0.unfinished.store(bytes, Relaxed);
     }
 
-    pub(super) fn was_unfinished(&self) -> bool {
-        self.0.unfinished.load(Relaxed)
+    pub(super) fn was_unfinished(&self) -> Option<u64> {
+        Some(self.0.unfinished.load(Relaxed)).filter(|bytes| *bytes > 0)
     }
 
     pub(super) fn has_lacked_memory(&self) -> bool {

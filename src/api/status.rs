@@ -14,7 +14,7 @@ use crate::{
     attest::AttestError,
     identity::{audience::AudienceError, jwt::JwtError, spiffe_id::SpiffeIdError},
     issuer::MintError,
-    limits::{ConnectionRefusal, Refusal, RejectionStatus},
+    limits::{ConnectionRefusal, Refusal, RejectionStatus, budget::UPLOADS},
     peer::{BodyError, PUSHBACK, Unheard},
     store::{NoIdentity, NotEntitled},
     telemetry::registry::Label as _,
@@ -86,11 +86,12 @@ pub enum RequestError {
     /// Memory is out, and there is none for a request that is not complete.
     #[error("the agent is short of memory, and has none for the rest of this request; try again")]
     NoMemoryToRead,
-    /// The connection holds too many bytes of requests that are not complete.
+    /// Memory is short, its caller holds more than its share, and so many bytes of requests on its connection are not complete.
     #[error(
-        "too many bytes of requests on this connection are not complete; try again, or on another connection"
+        "the agent is short of memory, and the caller holds its share of it: {bytes} bytes of requests on this connection are not \
+         complete, and {UPLOADS} may be; try again"
     )]
-    Unfinished,
+    Unfinished { bytes: u64 },
     /// The WIT-SVID profile is not there yet.
     #[error("fetching WIT-SVIDs is not implemented")]
     NoWitSvids,
@@ -169,7 +170,7 @@ impl RequestError {
             Self::SentAway => "sent_away",
             Self::Crowded => "crowded",
             Self::NoMemory | Self::NoMemoryToRead => "no_memory",
-            Self::Unfinished => "unfinished",
+            Self::Unfinished { .. } => "unfinished",
             Self::NoWitSvids | Self::NoWitBundles => "not_implemented",
             Self::NoPeer => "no_peer",
         }
@@ -200,7 +201,7 @@ impl RequestError {
             | Self::Crowded
             | Self::NoMemory
             | Self::NoMemoryToRead
-            | Self::Unfinished => Code::Unavailable,
+            | Self::Unfinished { .. } => Code::Unavailable,
             Self::NoWitSvids | Self::NoWitBundles => Code::Unimplemented,
             Self::NoPeer => Code::Internal,
         }
@@ -226,7 +227,7 @@ impl From<RequestError> for Status {
             | RequestError::NoMemory
             | RequestError::NoMemoryToRead
             | RequestError::NotKnown => refused(error.code(), &error.to_string(), Some(COME_BACK)),
-            RequestError::Unfinished => refused(error.code(), &error.to_string(), Some(REST_COMES)),
+            RequestError::Unfinished { .. } => refused(error.code(), &error.to_string(), Some(REST_COMES)),
             RequestError::JwtSvid(cause) | RequestError::X509Svid(cause) if cause.retry_after().is_some() => {
                 refused(error.code(), &error.to_string(), cause.retry_after())
             }
@@ -296,7 +297,7 @@ impl From<BodyError> for Status {
     fn from(error: BodyError) -> Self {
         match error {
             BodyError::TooLong => refused(Code::ResourceExhausted, &error.to_string(), None),
-            BodyError::Unfinished => RequestError::Unfinished.into(),
+            BodyError::Unfinished { bytes } => RequestError::Unfinished { bytes }.into(),
             BodyError::NoMemory => RequestError::NoMemoryToRead.into(),
             // It was reset, or its connection ended.
             BodyError::Broken(_) => Self::cancelled(error.to_string()),

@@ -22,8 +22,9 @@ pub const STREAM: u64 = 6 * 1024;
 /// A stream whose head came in one read with others, and that may have ended before it was one of those [`STREAM`] counts: what
 /// h2 keeps for as many as there were at once, to the end of the connection.
 pub const HEAD: u64 = 700;
-/// Bytes of requests that are not complete, of all streams of a connection: one message of the largest size,
-/// and some beside it. More, and what is being sent is refused.
+/// Bytes of requests that are not complete, of all streams of a connection whose caller holds more than its share while memory is
+/// short: one message of the largest size, and some beside it. More, and what is being sent is refused. All others may have what
+/// there is room for.
 pub const UPLOADS: u64 = 68 * 1024;
 /// What each byte of a request that is not complete takes: it is a slice of the buffer that it came in, or is in one that grows
 /// by doubling.
@@ -108,7 +109,7 @@ pub const fn connection_with(streams: u32) -> u64 {
 /// A frame that is not complete, and a header block, of the largest size that HTTP/2 keeps.
 pub const UNFINISHED: u64 = 32 * 1024;
 
-/// A connection at its worst: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
+/// A connection at its worst without room: so many streams open, [`UPLOADS`] of requests that never end, answers of [`UNSENT`] that
 /// nobody reads, and as many requests as there are streams that wait for room for theirs. Beside these there are the answers
 /// under way when the first of them turned out large: four, or [`UNSENT`] / [`ANSWER_AT_LEAST`] behind small ones.
 pub const fn connection_at_most(streams: u32) -> u64 {

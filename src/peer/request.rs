@@ -10,10 +10,11 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::turns::{NoRoom, Upload};
+use crate::limits::budget::UPLOADS;
 
-/// The body of a request. As long as it is not complete, its bytes count against what its connection may send
-/// without ending a request ([`UPLOADS`](crate::limits::budget::UPLOADS)): what is half-read is kept by
-/// somebody, and has been charged to nobody yet.
+/// The body of a request. As long as it is not complete, its bytes count as held by its connection, and while memory is short
+/// against what that may send without ending a request ([`UPLOADS`]): what is half-read is kept by somebody, and has been charged
+/// to nobody yet.
 #[derive(Debug)]
 pub struct RequestBody {
     body: Incoming,
@@ -30,10 +31,10 @@ pub enum BodyError {
     /// More came than one request may have.
     #[error("too many bytes for one request: make another call")]
     TooLong,
-    /// The connection holds too many bytes of requests that are not complete. A client that waits until its other requests have
-    /// ended finds room.
-    #[error("too many bytes of requests on this connection are not complete")]
-    Unfinished,
+    /// Memory is short, its caller holds more than its share of it, and the connection has so many bytes of requests that are not
+    /// complete. A client that waits until its other requests have ended finds room.
+    #[error("{bytes} bytes of requests on this connection are not complete, and {UPLOADS} may be")]
+    Unfinished { bytes: u64 },
     /// The node has no memory for what is not complete.
     #[error("the agent is short of memory, and has none for the rest of this request; try again")]
     NoMemory,
@@ -45,7 +46,7 @@ pub enum BodyError {
 impl From<NoRoom> for BodyError {
     fn from(lack: NoRoom) -> Self {
         match lack {
-            NoRoom::OfConnection => Self::Unfinished,
+            NoRoom::OfConnection { bytes } => Self::Unfinished { bytes },
             NoRoom::OfNode => Self::NoMemory,
         }
     }

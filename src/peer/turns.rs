@@ -195,8 +195,8 @@ impl TurnSlots {
 /// Why there is no room for bytes of a request that is not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NoRoom {
-    /// The connection has as many of them as it may.
-    OfConnection,
+    /// Memory is short, the caller holds more than its share of it, and the connection has so many: more than [`UPLOADS`].
+    OfConnection { bytes: u64 },
     /// The node has no memory for them.
     OfNode,
 }
@@ -351,8 +351,8 @@ impl Turns {
                 self.holding.hold(held);
             }
             turns.uploads = turns.uploads.saturating_add(more);
-            if turns.uploads > UPLOADS {
-                Err(NoRoom::OfConnection)
+            if turns.uploads > UPLOADS && self.holding.is_above_share() {
+                Err(NoRoom::OfConnection { bytes: turns.uploads })
             } else {
                 fits.then_some(()).ok_or(NoRoom::OfNode)
             }

@@ -11,6 +11,7 @@ use std::{
 
 use durward::{
     api::proto::workload::JwtsvidRequest,
+    limits::budget::UPLOADS,
     os::{cgroup, pidfd::Pidfd},
 };
 use nix::unistd::{Pid, geteuid};
@@ -579,19 +580,16 @@ async fn the_log_says_which_calls_are_refused_and_why() {
     }
 }
 
-/// Whoever begins more large requests at once than a connection may have is told to come back; the log, the audit and `limits` say
-/// who it is.
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_refused_for_unfinished_requests_is_said() {
-    let place = Place::with("");
-    let mut agent = Process::spawn(place.dir());
-    drop(agent.serving(place.dir()).await);
+/// Begins calls of FetchJWTSVID on one connection, of each of which a part is sent: their answers, and what sends the rest.
+async fn begins_calls(
+    place: &Place,
+    parts: impl IntoIterator<Item = Vec<u8>>,
+) -> (Vec<h2::client::ResponseFuture>, Vec<h2::SendStream<bytes::Bytes>>) {
     let stream = tokio::net::UnixStream::connect(place.dir().join("api.sock")).await.unwrap();
     let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
     let _connection = tokio::spawn(connection);
-    let part = [&[0, 0, 0, 0xea, 0x60][..], &[0x0a; 14_000]].concat();
     let (mut answers, mut bodies) = (Vec::new(), Vec::new());
-    for _ in 0..5 {
+    for part in parts {
         let head = http::Request::post("http://localhost/SpiffeWorkloadAPI/FetchJWTSVID")
             .header("content-type", "application/grpc")
             .header("workload.spiffe.io", "true")
@@ -599,20 +597,94 @@ async fn what_is_refused_for_unfinished_requests_is_said() {
             .unwrap();
         http2 = http2.ready().await.unwrap();
         let (answer, mut body) = http2.send_request(head, false).unwrap();
-        body.send_data(part.clone().into(), false).unwrap();
+        body.send_data(part.into(), false).unwrap();
         answers.push(answer);
         bodies.push(body);
     }
+    (answers, bodies)
+}
+
+/// With room as many large requests as a connection has streams may be on their way, and all are answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_room_large_requests_come_together_on_one_connection() {
+    let place = Place::with("node { cpu = 4096 }");
+    let mut agent = Process::spawn(place.dir());
+    drop(agent.serving(place.dir()).await);
+    let asked = JwtsvidRequest { audience: vec!["a".repeat(11_000)], spiffe_id: String::new() };
+    let whole = message(&prost::Message::encode_to_vec(&asked));
+    let (first, rest) = whole.split_at(5_500);
+    let (answers, bodies) = begins_calls(&place, vec![first.to_vec(); 100]).await;
+    // They have come before the first of them goes on.
+    let _told = place.told(&["limits"], "Connections: 1 of at most");
+    for mut body in bodies {
+        body.send_data(rest.to_vec().into(), true).unwrap();
+    }
+    let read = answers.into_iter().map(async |answer| {
+        let answer = answer.await.unwrap();
+        let refused = answer.headers().get("grpc-message").cloned();
+        let mut body = answer.into_body();
+        let mut came = 0;
+        while let Some(part) = body.data().await {
+            let part = part.unwrap();
+            body.flow_control().release_capacity(part.len()).unwrap();
+            came += part.len();
+        }
+        (came > 11_000, refused)
+    });
+    // Together: who reads one after the other has no window for the first of them, where it is not the first that comes.
+    let read = tokio::time::timeout(PATIENCE, futures_util::future::join_all(read)).await.unwrap();
+    assert_eq!(read, vec![(true, None); 100]);
+}
+
+/// Whoever begins so many large requests that memory is short for them is told how many bytes they are, of how many, and to come
+/// back; the log, the audit and `limits` say who it is. The agent stays within its budget, and a neighbour is served.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_for_unfinished_requests_is_said() {
+    let place = Place::with(&format!("memory {{ limit = \"{LIMIT}\" }}"));
+    let mut agent = Process::spawn(place.dir());
+    drop(agent.serving(place.dir()).await);
+    let part = [&[0, 0, 0, 0xea, 0x60][..], &[0x0a; 59_000]].concat();
+    let (answers, _bodies) = begins_calls(&place, vec![part; 100]).await;
     let first = tokio::time::timeout(PATIENCE, futures_util::future::select_all(answers)).await;
-    let answer = first.expect("one is refused").0.unwrap();
-    let status = tonic::Status::from_header_map(answer.headers()).unwrap();
+    let (answer, _, _others) = first.expect("one is refused");
+    let status = tonic::Status::from_header_map(answer.unwrap().headers()).unwrap();
     assert_eq!(status.code(), tonic::Code::Unavailable, "{status:?}");
     assert!(wait_of(&status) > Duration::ZERO, "{status:?}");
+    let told =
+        status.message().strip_prefix("the agent is short of memory, and the caller holds its share of it: ");
+    let told: Vec<&str> = told.unwrap_or_else(|| panic!("{status:?}")).split_whitespace().collect();
+    let [
+        bytes,
+        "bytes",
+        "of",
+        "requests",
+        "on",
+        "this",
+        "connection",
+        "are",
+        "not",
+        "complete,",
+        "and",
+        most,
+        ..,
+    ] = told[..]
+    else {
+        panic!("{status:?}")
+    };
+    assert_eq!(most.parse(), Ok(UPLOADS), "{status:?}");
+    assert!(bytes.parse::<u64>().unwrap() > UPLOADS, "{status:?}");
+    if geteuid().is_root() {
+        let output = fetch_as(&place, NEIGHBOUR);
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    let used = agent.memory("RssAnon") * 1024;
+    assert!(used < LIMIT, "{used}");
 
     let uid = geteuid();
     for line in [
         format!(
-            "calls are refused, as a connection has begun too many large requests at once: make fewer at once, or on several connections method=FetchJWTSVID caller=uid:{uid}"
+            "than may be then: make fewer large requests at once method=FetchJWTSVID caller=uid:{uid} pid={} bytes={bytes} most={most}",
+            std::process::id()
         ),
         format!("audit: call refused caller=uid:{uid}"),
         "reason=unfinished".to_owned(),
@@ -627,7 +699,8 @@ async fn what_is_refused_for_unfinished_requests_is_said() {
     let row = told.lines().find(|line| line.contains("FetchJWTSVID")).unwrap();
     let row: Vec<&str> = row.split_whitespace().collect();
     let at = row.iter().position(|word| *word == "FetchJWTSVID").unwrap();
-    assert!(row[at + 1] == "0" && row[at + 2] == "1", "{told}");
+    let [used, refused] = [1, 2].map(|further| row[at + further].parse::<u32>().unwrap());
+    assert!(used == 0 && refused > 0, "{told}");
 }
 
 /// With few descriptors the start says for how many callers there are some, and no room is shown where none is left.

@@ -18,7 +18,9 @@ use std::{
 
 use durward::{
     api::proto::workload as pb,
-    limits::budget::{HTTP2, PARKED, STREAM, UNFINISHED, UPLOAD, UPLOADS, connection_at_most},
+    limits::budget::{
+        HTTP2, PARKED, PROCESS, STREAM, UNFINISHED, UPLOAD, UPLOADS, connection_at_most, spare,
+    },
 };
 use nix::{
     sys::{
@@ -331,26 +333,31 @@ fn hostile_connections_end_within_budget() {
 }
 
 /// Requests that announce the most there may be, send all of it but a byte, and never end: on every stream of as many
-/// connections. What each takes is what is reckoned for its streams, and for what is half-read on all of them together.
+/// connections. What each takes is what is reckoned for its streams, and for what is half-read on all of them together; and all
+/// that is within the budget.
 #[test]
 fn unfinished_requests_take_little() {
     const CONNECTIONS: u32 = 64;
     const STREAMS: u32 = 16;
-    let reckoned = u64::from(CONNECTIONS)
-        * (PARKED + HTTP2 + u64::from(STREAMS - 1) * STREAM + UPLOADS * UPLOAD + UNFINISHED);
+    const LIMIT: u64 = 64 << 20;
+    let all = |unfinished: u64| {
+        let each = PARKED + HTTP2 + u64::from(STREAMS - 1) * STREAM + unfinished * UPLOAD + UNFINISHED;
+        u64::from(CONNECTIONS) * each
+    };
     raise_descriptors();
-    let memory = "ratelimit { memory { limit = \"64MiB\" } }\n";
+    let memory = format!("ratelimit {{ memory {{ limit = \"{LIMIT}\" }} }}\n");
     let more = literal("x-more", &"a".repeat(120)).repeat(45);
-    for (case, path, size, more) in [
-        ("few bytes of each", FETCH_JWT, 200, &[][..]),
-        ("what a connection may have", FETCH_JWT, 1200, &[]),
-        ("all of it but a byte", FETCH_JWT, 64 * 1024, &[]),
-        ("announced and not sent", FETCH_JWT, 0, &[]),
-        ("headers of kilobytes", FETCH_JWT, 1200, &more),
-        ("reflection", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 4 << 20, &[]),
-        ("health", "/grpc.health.v1.Health/Check", 1024, &[]),
+    let (few, within) = (all(UPLOADS), LIMIT - spare(LIMIT) - PROCESS);
+    for (case, path, size, more, reckoned) in [
+        ("few bytes of each", FETCH_JWT, 200, &[][..], few),
+        ("what a connection has in any case", FETCH_JWT, 1200, &[], few),
+        ("all of it but a byte", FETCH_JWT, 64 * 1024, &[], within),
+        ("announced and not sent", FETCH_JWT, 0, &[], few),
+        ("headers of kilobytes", FETCH_JWT, 1200, &more, few),
+        ("reflection", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 4 << 20, &[], few),
+        ("health", "/grpc.health.v1.Health/Check", 1024, &[], few),
     ] {
-        let agent = Agent::with("", &[memory, &Agent::entries()].concat());
+        let agent = Agent::with("", &[memory.clone(), Agent::entries()].concat());
         let socket = agent.socket();
         agent.bear(|| {
             let mut open = Vec::new();
