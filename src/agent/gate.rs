@@ -176,12 +176,11 @@ pub fn room_for(config: &Config) -> Result<Vec<BeyondBudget>, RoomError> {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum RoomError {
     /// Descriptors do not suffice.
-    #[error("{why} (LimitNOFILE, or ulimit -n, is {open_files})")]
-    Descriptors {
-        why: NoRoomError,
-        /// The limit itself.
-        open_files: u64,
-    },
+    #[error("{0} (LimitNOFILE, or ulimit -n)")]
+    Descriptors(NoRoomError),
+    /// Nor do they beside what HTTP listeners may hold of this limit.
+    #[error("{why}: LimitNOFILE, or ulimit -n, is {open_files}, less what the http endpoints may hold")]
+    DescriptorsLeft { why: NoRoomError, open_files: u64 },
     /// The memory budget does not.
     #[error(transparent)]
     Memory(NoRoomError),
@@ -284,7 +283,10 @@ impl Means {
         }
         let limits = config.ratelimit.within(budget.bytes);
         let gate = GatePlan::new(&limits, self.nofile, budget.bytes).map_err(|why| match why {
-            NoRoomError::Descriptors { .. } => RoomError::Descriptors { why, open_files: self.open_files },
+            NoRoomError::Descriptors { limit, .. } if limit == self.open_files => RoomError::Descriptors(why),
+            NoRoomError::Descriptors { .. } => {
+                RoomError::DescriptorsLeft { why, open_files: self.open_files }
+            }
             NoRoomError::Memory { .. } => RoomError::Memory(why),
         })?;
         Ok(Fitted { budget, limits, gate })

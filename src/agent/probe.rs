@@ -31,7 +31,7 @@ const BEAT: Duration = Duration::from_secs(1);
 const BEAT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Asks every few seconds whether the issuer could sign SVIDs of each kind. One that waits for its server is on its way: a
-/// restart would not bring the server back.
+/// restart would not bring the server back, nor make room on a full disk.
 pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
     let waits = issuer.server().is_some();
     let mut failing_since = None;
@@ -53,7 +53,11 @@ pub(super) async fn probe(health: Arc<HealthState>, issuer: Arc<dyn Issuer>) {
                         tracing::error!(error = chain(&error), "the agent cannot sign");
                     }
                 }
-                health.set(if waits { Probe::Starting } else { Probe::Unavailable });
+                health.set(match issuer.rotation_fault() {
+                    _ if waits => Probe::Starting,
+                    Some(_) => Probe::Expired,
+                    None => Probe::Unavailable,
+                });
             }
         }
         sleep_to_beat(if failing_since.is_some() && waits { PROBE_OF_WAITING } else { PROBE }).await;

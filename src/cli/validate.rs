@@ -161,13 +161,21 @@ fn unsettled(config: &Config, trust: Trust) -> Vec<Unsettled> {
     let alone = matches!(config.issuer, Signer::Embedded(_));
     let nobody = (alone && config.entries.is_empty())
         .then(|| ("entry", "there is none, so nobody is served".to_owned()));
-    let here = "as this command has it: an agent that is started in another way may have more";
+    let more = "an agent that is started in another way may have more";
     let room = match agent::room_for(config) {
         Ok(beyond) => beyond
             .into_iter()
-            .map(|BeyondBudget { key, value, why }| (key, Some(value.to_string()), format!("{why}, {here}")))
+            .map(|BeyondBudget { key, value, why }| {
+                (key, Some(value.to_string()), format!("{why}, as this command has it: {more}"))
+            })
             .collect(),
-        Err(error) => vec![("ratelimit", None, format!("{error}, {here}"))],
+        Err(error) => {
+            vec![(
+                "ratelimit",
+                None,
+                format!("{error}: started like this command, no agent would start; {more}"),
+            )]
+        }
     };
     let to_join = config.missing_to_join(trust).into_iter().map(|(key, error)| {
         (key, format!("{error}; the agent waits for it, unless it has joined its server before"))

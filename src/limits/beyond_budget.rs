@@ -52,19 +52,27 @@ impl LimitSettings {
                 found.push(BeyondBudget { key, value: value.into(), why });
             }
         };
-        let streams = self.gate.connection.streams;
+        let (streams, reserve) = (self.gate.connection.streams, self.gate.places.reserve());
+        let most_reserve = budget / budget::NEWCOMER;
+        let of_two = most_streams(|streams| fewest_take(streams) <= budget);
+        let mut of_all = None;
         if let Some(connections) = self.gate.places.connections() {
             let all = |streams| budget::connection_with(streams).saturating_mul(u64::from(connections));
+            of_all = most_streams(|streams| all(streams) <= budget);
             match set_at(STREAMS) {
                 Some(place) if all(streams) > budget => {
-                    let most = budget / budget::connection_with(streams);
+                    // With as many streams as are told to be right.
+                    let most = budget / budget::connection_with(streams.min(of_two.unwrap_or(streams)));
                     // Fewer than are in reserve there cannot be.
-                    let lower = most > u64::from(self.gate.places.reserve());
-                    let right = match ConnectionSettings::STREAMS.rev().find(|fit| all(*fit) <= budget) {
+                    let lower = most > u64::from(reserve);
+                    let right = match of_all {
                         Some(fit) if lower => format!("it must be at most {most}, or streams at most {fit}"),
                         Some(fit) => format!("streams must be at most {fit}"),
                         None if lower => format!("it must be at most {most}"),
-                        None => format!("it must be at most {most}, and reserve lower"),
+                        None => {
+                            let reserve = most.saturating_sub(1).min(most_reserve);
+                            format!("it must be at most {most}, and reserve at most {reserve}")
+                        }
                     };
                     add(
                         CONNECTIONS,
@@ -88,15 +96,13 @@ impl LimitSettings {
                 _ => {}
             }
         }
-        let reserve = self.gate.places.reserve();
-        if u64::from(reserve).saturating_mul(budget::NEWCOMER) > budget {
+        if u64::from(reserve) > most_reserve {
             add(
                 RESERVE,
                 reserve,
                 format!(
-                    "is memory for {reserve} callers of {} bytes, and {whose} is {budget}: it must be at most {}",
-                    budget::NEWCOMER,
-                    budget / budget::NEWCOMER
+                    "is memory for {reserve} callers of {} bytes, and {whose} is {budget}: it must be at most {most_reserve}",
+                    budget::NEWCOMER
                 ),
             );
         }
@@ -113,10 +119,9 @@ impl LimitSettings {
             );
         }
         if fewest_take(streams) > budget {
-            let fit = ConnectionSettings::STREAMS.rev().find(|streams| fewest_take(*streams) <= budget);
-            let right = fit.map_or_else(
+            let right = of_two.map_or_else(
                 || "no number of streams fits it".to_owned(),
-                |fit| format!("it must be at most {fit}"),
+                |fit| format!("it must be at most {}", fit.min(of_all.unwrap_or(fit))),
             );
             let each = budget::connection_at_most(streams);
             add(
@@ -183,6 +188,11 @@ impl LimitSettings {
     }
 }
 
+/// The most streams that a connection may have, of those that may be set and fit.
+fn most_streams(fit: impl Fn(u32) -> bool) -> Option<u32> {
+    ConnectionSettings::STREAMS.rev().find(|streams| fit(*streams))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +245,56 @@ mod tests {
             settings.memory.steps = MemorySteps::new([percent, 85, 95]).unwrap();
             let found = settings.beyond(BUDGET, "it", |_| Some(String::new()));
             assert_eq!(found.is_empty(), fits, "{found:?}");
+        }
+    }
+
+    /// What is said of streams and of connections goes together: who does both hears nothing more.
+    #[test]
+    fn streams_and_connections_are_told_what_fits_both() {
+        let beyond = |budget, [connections, reserve, streams]: [u32; 3]| {
+            let mut settings = LimitSettings::default();
+            settings.gate.places = places(Some(connections), Some(reserve));
+            settings.gate.connection.streams = streams;
+            let found = settings.beyond(budget, "it", |_| Some("here".to_owned()));
+            found.into_iter().map(|it| (it.key, it.why)).collect::<Vec<_>>()
+        };
+        for (budget, set, of_connections, of_streams, right) in [
+            (
+                64 << 20,
+                [100, 64, 1024],
+                "streams must be at most 104",
+                "it must be at most 104",
+                [100, 64, 104],
+            ),
+            (
+                64 << 20,
+                [100, 8, 1024],
+                "it must be at most 10, or streams at most 104",
+                "it must be at most 104",
+                [10, 8, 104],
+            ),
+            (
+                BUDGET,
+                [1000, 64, 1024],
+                "it must be at most 11, and reserve at most 10",
+                "it must be at most 365",
+                [11, 10, 365],
+            ),
+            (
+                BUDGET,
+                [4, 1, 1024],
+                "it must be at most 11, or streams at most 1019",
+                "it must be at most 365",
+                [4, 1, 365],
+            ),
+        ] {
+            let found = beyond(budget, set);
+            let [(CONNECTIONS, connections), (STREAMS, streams)] = found.as_slice() else {
+                panic!("{set:?}: {found:?}")
+            };
+            assert!(connections.ends_with(&format!(": {of_connections}")), "{set:?}: {connections}");
+            assert!(streams.ends_with(&format!(": {of_streams}")), "{set:?}: {streams}");
+            assert_eq!(beyond(budget, right), [], "{right:?}");
         }
     }
 

@@ -36,10 +36,7 @@ pub fn lingering(nofile: u64, budget: u64) -> u32 {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoRoomError {
     /// Descriptors do not suffice for the connections.
-    #[error(
-        "gate: {connections} connections take {needed} descriptors, and there are {limit}: those of LimitNOFILE, less what the \
-         http endpoints may hold"
-    )]
+    #[error("gate: {connections} connections take {needed} descriptors, and there are {limit}")]
     Descriptors {
         connections: u32,
         /// What they take, with those kept for other uses.

@@ -12,6 +12,8 @@ pub enum Probe {
     Healthy,
     /// The Workload API cannot be served.
     Unavailable,
+    /// What signs has expired, and the issuer, which tries again and again, cannot replace it: nor could a restart.
+    Expired,
     /// Everything is served to the end, but nothing new: the agent is about to stop.
     Draining,
 }
@@ -116,7 +118,7 @@ impl HealthState {
         let now = self.lock();
         let issuer = match now.probe {
             Probe::Starting => Some("the server has not said yet whom this node serves"),
-            Probe::Unavailable => Some("the workload api is unavailable"),
+            Probe::Unavailable | Probe::Expired => Some("the workload api is unavailable"),
             Probe::Healthy | Probe::Draining => None,
         };
         let found = [
@@ -216,7 +218,7 @@ impl HealthState {
             }
             (Probe::Starting, Pulse::Beats) => "{\"agent\":null}\n",
             (Probe::Healthy, Pulse::Beats) => "{\"agent\":{}}\n",
-            (Probe::Unavailable | Probe::Draining, _) | (_, Pulse::Missed) => {
+            (Probe::Unavailable | Probe::Expired | Probe::Draining, _) | (_, Pulse::Missed) => {
                 "{\"agent\":{\"make_new_x509_err\":\"workload api is unavailable\"}}\n"
             }
         };
@@ -249,6 +251,7 @@ mod tests {
             (Probe::Starting, true, false),
             (Probe::Healthy, true, true),
             (Probe::Unavailable, false, false),
+            (Probe::Expired, true, false),
             (Probe::Draining, true, false),
         ] {
             state.set(probe);

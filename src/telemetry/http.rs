@@ -578,6 +578,7 @@ mod tests {
             ("starting", Probe::Starting, "200", "500", "{\"agent\":null}\n"),
             ("healthy", Probe::Healthy, "200", "200", UP),
             ("unavailable", Probe::Unavailable, "500", "500", DOWN),
+            ("expired", Probe::Expired, "200", "500", DOWN),
             ("draining", Probe::Draining, "200", "500", DOWN),
         ] {
             state.set(probe);

@@ -21,6 +21,7 @@ use durward::{
     },
     limits::budget::PARKED,
     os::clock::Clock,
+    telemetry::health::Probe,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -143,6 +144,15 @@ async fn an_issuer_that_cannot_make_its_next_keys_is_told() {
     // The first call for which no key is valid has it try.
     OFFSET.store(25 * HOUR, Relaxed);
     client.fetch_jwtsvid(request(jwt_request())).await.unwrap_err();
+    let health = agent.running.health();
+    tokio::time::timeout(Duration::from_secs(60), async {
+        while health.get() != Probe::Expired {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(health.live() && !health.ready(), "a restart would not help");
     OFFSET.store(13 * HOUR, Relaxed);
     let (wrong, ca) = status();
     let path = in_the_way.display();

@@ -357,7 +357,7 @@ fn unfinished_requests_take_little() {
         ("reflection", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", 4 << 20, &[], few),
         ("health", "/grpc.health.v1.Health/Check", 1024, &[], few),
     ] {
-        let agent = Agent::with("", &[&memory, &Agent::entries()[..]].concat());
+        let agent = Agent::with("", &[memory.clone(), Agent::entries()].concat());
         let socket = agent.socket();
         agent.bear(|| {
             let mut open = Vec::new();

@@ -284,6 +284,36 @@ async fn until(is_so: impl Fn() -> bool) {
     tokio::time::timeout(Duration::from_secs(60), looks).await.unwrap();
 }
 
+/// A start for which there are too few descriptors ends; a check where there are as few says so, and cannot know more.
+#[test]
+fn a_check_says_where_no_agent_would_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let health = format!("health_checks {{ socket_path = \"{}/health.sock\" }}", dir.path().display());
+    for (case, blocks, said) in [
+        ("no endpoints", "", "and there are 64 (LimitNOFILE, or ulimit -n)"),
+        (
+            "an endpoint",
+            health.as_str(),
+            "and there are 48: LimitNOFILE, or ulimit -n, is 64, less what the http endpoints may hold",
+        ),
+    ] {
+        write_config(dir.path(), blocks);
+        for (word, ends, more) in [
+            ("run", Some(1), ""),
+            ("validate", Some(0), ": started like this command, no agent would start; an agent that is"),
+        ] {
+            let mut command = std::process::Command::new("prlimit");
+            command.args(["--nofile=64", env!("CARGO_BIN_EXE_durward"), word, "--config"]);
+            let ended = command.arg(dir.path().join("agent.conf")).output().unwrap();
+            let words =
+                [ended.stdout, ended.stderr].map(|it| String::from_utf8_lossy(&it).into_owned()).concat();
+            let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert_eq!(ended.status.code(), ends, "{case}, {word}: {words}");
+            assert!(words.contains(&format!("{said}{more}")), "{case}, {word}: {words}");
+        }
+    }
+}
+
 /// What is short at the start is named, with the limit of it, and the agent ends, however little there is.
 #[test]
 fn a_start_without_means_says_what_is_short_and_ends() {
@@ -296,7 +326,7 @@ fn a_start_without_means_says_what_is_short_and_ends() {
         ("--nofile", "10".to_owned(), "LimitNOFILE (ulimit -n) is 10"),
         ("--nofile", "12".to_owned(), "LimitNOFILE (ulimit -n) is 12"),
         ("--nofile", "14".to_owned(), "LimitNOFILE (ulimit -n) is 14"),
-        ("--nofile", "64".to_owned(), "(LimitNOFILE, or ulimit -n, is 64)"),
+        ("--nofile", "64".to_owned(), "and there are 64 (LimitNOFILE, or ulimit -n)"),
         ("--data", megabytes(8), MEMORY),
         ("--data", megabytes(16), MEMORY),
         ("--data", megabytes(32), "memory"),
