@@ -24,7 +24,7 @@ use crate::{
     limits::{
         Gate, Limits,
         names::KeptOfNames,
-        processor::{ProcessorTime, Spell},
+        processor::{ProcessorTime, ProcessorUse, Spell},
         room::Short,
     },
     os::{
@@ -257,6 +257,7 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
     loop {
         if quiet {
             meter.rest();
+            limits.room().set_processor_use(ProcessorUse::default());
             let used = processor_time();
             tokio::select! {
                 () = sleep_to_beat(SELDOM) => {
@@ -285,6 +286,7 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
         let short = time.look(gate.processor_share(), spell);
         quiet &= !short;
         limits.set_spare(time.spare());
+        limits.room().set_processor_use(time.lately());
         if short != limits.room().is_short(Short::Processor) {
             limits.room().set(Short::Processor, short);
             tracing::debug!(short, used = ?spell.used, of = ?spell.elapsed, spell.wanting, "processor time");

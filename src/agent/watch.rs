@@ -18,6 +18,7 @@ use crate::{
         holding::Notice,
         out_of_room::OutOfRoom,
         pace::{Complaints, Settled},
+        processor::cores_text,
         refusal::{Reason, Stage},
         report::{BucketName, Event, WhatIsRefused, foremost},
         room::Short,
@@ -208,10 +209,12 @@ impl Watch {
 
     /// Says when the processor begins to be short, and when it no longer is.
     fn tell_of_processor(&self, processor: &mut ShortProcessor) {
-        let cores = self.gate.processor_share().text();
+        let (cores, lately) = (self.gate.processor_share().text(), self.limits.room().processor_use());
         match processor.look(self.limits.room().is_short(Short::Processor), Instant::now()) {
             Some(ShortTold::Began) => tracing::warn!(
                 cores,
+                used = cores_text(lately.ran),
+                waited = cores_text(lately.waited),
                 "processor limit: the agent uses or waits for more of the processor than it may, so what holds by default binds"
             ),
             Some(ShortTold::Ended { lasted }) => {

@@ -241,7 +241,7 @@ impl AdminParts {
         let (more_heaviest, more_connections) = (heaviest.len() > top, connections.len() > top);
         heaviest.truncate(top);
         connections.truncate(top);
-        let shares = self.gate.shares();
+        let (shares, lately) = (self.gate.shares(), self.limits.room().processor_use());
         let (callers, identities) = self.limits.keys();
         let count = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
         pb::LimitsResponse {
@@ -259,6 +259,9 @@ impl AdminParts {
             most_connections: self.gate.most_connections(),
             share: shares.bytes,
             share_of_connections: shares.connections,
+            used_millicores: lately.ran,
+            waited_millicores: lately.waited,
+            millicores: self.gate.processor_share().millicores(),
             more_heaviest,
             more_connections,
             keys: Some(pb::Keys {

@@ -13,7 +13,10 @@ use super::{
     socket::{AgentSocket, SocketError, resolve_admin},
     terminal::{Terminal, clean},
 };
-use crate::api::proto::admin::{self as pb, admin_client::AdminClient};
+use crate::{
+    api::proto::admin::{self as pb, admin_client::AdminClient},
+    limits::processor::cores_text,
+};
 
 /// The largest answer that is read: a thousand keys, or the entries of one process.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
@@ -143,6 +146,13 @@ pub(super) fn others_text(it: &pb::Connections) -> String {
 /// One of those who take from a bucket as JSON.
 pub(super) fn taking_json(taking: &pb::Taking) -> serde_json::Value {
     serde_json::json!({ "caller": taking.caller, "used": taking.used, "refused": taking.refused })
+}
+
+/// What is used of the processor.
+pub(super) fn processor_text(now: &pb::LimitsResponse) -> String {
+    let [used, waited] = [now.used_millicores, now.waited_millicores].map(cores_text);
+    let most = cores_text(now.millicores.try_into().unwrap_or(u32::MAX));
+    format!("uses {used} and waits for {waited} of up to {most} cores")
 }
 
 /// Bytes in words, with one decimal.

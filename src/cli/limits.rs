@@ -20,7 +20,7 @@ use super::{
     Failure, OutputArgs, OutputFormat,
     admin::{
         AdminArgs, Column, bucket_json, connections_json, fit, is_dry_run, kibibytes, marks, mebibytes,
-        memory_json, others_text, share_text, table, taker, taking_json, tokens,
+        memory_json, others_text, processor_text, share_text, table, taker, taking_json, tokens,
     },
     argv::number_up_to,
     terminal::{Terminal, clean, width},
@@ -350,6 +350,9 @@ fn pretty(now: &pb::LimitsResponse, top: u32, names: &mut UserNames, width: usiz
         calls => format!("; to spare: {calls} calls/s"),
     };
     let _ = writeln!(out, "Room:        {}{waiting}{spare}", room_text(now));
+    if !now.short_of.is_empty() {
+        let _ = writeln!(out, "             processor: {}", processor_text(now));
+    }
     out.push('\n');
     if now.heaviest.is_empty() {
         let _ = writeln!(out, "{NOBODY}");
@@ -458,6 +461,9 @@ fn to_json(now: &pb::LimitsResponse) -> serde_json::Value {
         "most_connections": now.most_connections,
         "share": now.share,
         "share_of_connections": now.share_of_connections,
+        "used_millicores": now.used_millicores,
+        "waited_millicores": now.waited_millicores,
+        "millicores": now.millicores,
         "memory": memory_json(&memory),
         "keys": { "gate": keys.gate, "caller": keys.caller, "identity": keys.identity },
     })
@@ -526,6 +532,9 @@ mod tests {
             most_connections: 400,
             share: None,
             share_of_connections: None,
+            used_millicores: 612,
+            waited_millicores: 40,
+            millicores: 500,
             more_heaviest: true,
             more_connections: false,
             keys: Some(pb::Keys { gate: 1, caller: 2, identity: 3 }),
@@ -541,6 +550,7 @@ Memory:      9.0 MiB used, of 24.0 MiB; pressure: none
              callers hold 1.0 MiB, resident 7.5 MiB
              cgroup 8.0 MiB, of which kernel 2.0 MiB
 Room:        short of memory, processor; calls that wait: 7
+             processor: uses 0.612 and waits for 0.04 of up to 0.5 cores
 
 STAGE   KEY              METHOD        USED  REFUSED  MOST/S     LEFT
 caller  uid:1000         FetchJWTSVID   200     4321    1200   0/200*

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{
     Failure, OutputArgs, OutputFormat,
-    admin::{AdminArgs, mebibytes, memory_json},
+    admin::{AdminArgs, mebibytes, memory_json, processor_text},
     terminal::{NARROW, Terminal, clean},
     text::folded,
 };
@@ -76,14 +76,12 @@ fn pretty(told: &pb::StatusResponse, held: &pb::LimitsResponse, now: SystemTime)
         ),
     );
     memory(&mut out, told, &held.memory.clone().unwrap_or_default());
-    let cores = format!("{}.{:03}", told.millicores / 1000, told.millicores % 1000);
-    let cores = cores.trim_end_matches('0').trim_end_matches('.');
     let room = if held.short_of.is_empty() {
         "yes".to_owned()
     } else {
         format!("NO: short of {}", held.short_of.join(", "))
     };
-    row(&mut out, "Room", &format!("{room} (processor: up to {cores} cores)"));
+    row(&mut out, "Room", &format!("{room} (processor: {})", processor_text(held)));
     let dry = if told.dry_run { " (dry run: none refuses)" } else { "" };
     if told.limits_set.is_empty() {
         row(&mut out, "Limits set", &format!("none; the defaults refuse only without room{dry}"));

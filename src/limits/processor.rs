@@ -43,8 +43,7 @@ impl ProcessorShare {
 
     /// As people write it, in cores.
     pub fn text(self) -> String {
-        let text = format!("{}.{:03}", self.0 / 1000, self.0 % 1000);
-        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        cores_text(self.0)
     }
 
     /// What flows back in so much time.
@@ -57,6 +56,19 @@ impl Default for ProcessorShare {
     fn default() -> Self {
         Self(500)
     }
+}
+
+/// Thousandths of a core as people write it, in cores.
+pub fn cores_text(millicores: u32) -> String {
+    let text = format!("{}.{:03}", millicores / 1000, millicores % 1000);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+/// What the agent took of the processor in about the last second, and what it waited for, ready to run: in thousandths of a core.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProcessorUse {
+    pub ran: u32,
+    pub waited: u32,
 }
 
 /// What happened between two looks.
@@ -84,18 +96,26 @@ pub struct ProcessorTime {
     short: bool,
     /// Calls a second.
     spare: f64,
+    /// Of a core, about the last second.
+    ran: f64,
+    waited: f64,
 }
 
 impl Default for ProcessorTime {
     fn default() -> Self {
-        Self { over: Duration::ZERO, call: CALL_AT_FIRST, short: false, spare: 0.0 }
+        Self { over: Duration::ZERO, call: CALL_AT_FIRST, short: false, spare: 0.0, ran: 0.0, waited: 0.0 }
     }
 }
 
 impl ProcessorTime {
     /// Counts what happened. Returns whether processor time is short.
     pub fn look(&mut self, share: ProcessorShare, spell: Spell) -> bool {
-        let Spell { elapsed, used, served, wanting, .. } = spell;
+        let Spell { elapsed, used, ran, served, wanting, .. } = spell;
+        let seconds = elapsed.as_secs_f64();
+        for (lately, spent) in [(&mut self.ran, ran), (&mut self.waited, used.saturating_sub(ran))] {
+            let now = spent.as_secs_f64() / seconds.max(f64::MIN_POSITIVE);
+            *lately += (now - *lately) * seconds.min(1.0);
+        }
         if served >= ENOUGH {
             let each = used / u32::try_from(served).unwrap_or(u32::MAX);
             self.call = (self.call * 3 + each.clamp(*CALL.start(), *CALL.end())) / 4;
@@ -107,6 +127,13 @@ impl ProcessorTime {
         self.short = if self.short { !self.over.is_zero() } else { self.over >= BURST };
         self.spare = if self.short { self.next_spare(share, spell) } else { 0.0 };
         self.short
+    }
+
+    /// What was used, and waited for, lately.
+    pub fn lately(&self) -> ProcessorUse {
+        #[expect(clippy::as_conversions, clippy::cast_sign_loss, reason = "a cast saturates")]
+        let [ran, waited] = [self.ran, self.waited].map(|cores| (cores * 1000.0).round() as u32);
+        ProcessorUse { ran, waited }
     }
 
     /// While it is short: how many calls a second there is time for, beside all that is done already. Found out in steps, a
@@ -216,6 +243,22 @@ mod tests {
             let looks = (0..1_000).take_while(|_| copy.look(one, spell(1_000, wanting))).count();
             assert_eq!(looks < 1_000, fits, "{wanting}");
         }
+    }
+
+    #[test]
+    fn what_is_used_is_told_of_about_the_last_second() {
+        let mut it = ProcessorTime::default();
+        assert_eq!(it.lately(), ProcessorUse::default());
+        let (ran, used) = (Duration::from_millis(30), Duration::from_millis(35));
+        for _ in 0..200 {
+            it.look(ProcessorShare::default(), Spell { ran, used, ..spell(0, 0) });
+        }
+        assert_eq!(it.lately(), ProcessorUse { ran: 600, waited: 100 });
+        assert_eq!([600, 100, 1000, 0].map(cores_text), ["0.6", "0.1", "1", "0"]);
+        for _ in 0..20 {
+            it.look(ProcessorShare::default(), spell(0, 0));
+        }
+        assert!((150..300).contains(&it.lately().ran), "{:?}", it.lately());
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //!
 //! Room is short while one of [`Short`] is. Who finds out says so here ([`Room::set`]); who decides asks.
 
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
 
 use tokio::sync::Notify;
 
+use super::processor::ProcessorUse;
 use crate::telemetry::registry::labels;
 
 labels! {
@@ -25,6 +26,9 @@ labels! {
 pub struct Room {
     short: AtomicU8,
     returned: Notify,
+    /// Of the processor, for people: thousandths of a core.
+    ran: AtomicU32,
+    waited: AtomicU32,
 }
 
 impl Room {
@@ -55,6 +59,17 @@ impl Room {
         } else if self.short.fetch_and(!of.bit(), Relaxed) == of.bit() {
             self.returned.notify_waiters();
         }
+    }
+
+    /// Says what was used of the processor lately.
+    pub fn set_processor_use(&self, lately: ProcessorUse) {
+        self.ran.store(lately.ran, Relaxed);
+        self.waited.store(lately.waited, Relaxed);
+    }
+
+    /// What that was; nothing while nobody calls.
+    pub fn processor_use(&self) -> ProcessorUse {
+        ProcessorUse { ran: self.ran.load(Relaxed), waited: self.waited.load(Relaxed) }
     }
 
     /// Waits until there is room.

@@ -71,6 +71,14 @@ pub struct LimitsResponse {
     /// While connections are short: how many these may be.
     #[prost(uint64, optional, tag = "14")]
     pub share_of_connections: ::core::option::Option<u64>,
+    /// What the agent took of the processor in about the last second, what it waited for ready to run, and what it may use before
+    /// default limits bind: in thousandths of a core. Nothing of the first two while nobody calls.
+    #[prost(uint32, tag = "15")]
+    pub used_millicores: u32,
+    #[prost(uint32, tag = "16")]
+    pub waited_millicores: u32,
+    #[prost(uint64, tag = "17")]
+    pub millicores: u64,
 }
 /// What a bucket was asked for since it was last full and forgotten.
 #[derive(Clone, PartialEq, ::prost::Message)]
