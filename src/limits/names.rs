@@ -127,7 +127,7 @@ fn fade(own: &AtomicU64, held: u64, all: u64, fades: u64) -> u64 {
 }
 
 /// What of `all` goes to one who has `own` of `whole`.
-fn part(all: u64, own: u64, whole: u64) -> u64 {
+pub(crate) fn part(all: u64, own: u64, whole: u64) -> u64 {
     let part = u128::from(all) * u128::from(own) / u128::from(whole.max(1));
     u64::try_from(part).unwrap_or(u64::MAX)
 }
