@@ -12,7 +12,8 @@
 //! A process has one, however often it connects, and anybody may hold it: so an inode counts once, until what was found fades.
 
 use std::{
-    collections::{BTreeMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet, btree_map::Entry},
+    hash::BuildHasher,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::net::UnixStream,
@@ -73,6 +74,8 @@ struct EndedSample {
     exited: u64,
     /// Numbers of inodes that were found.
     counted: HashSet<u64, ahash::RandomState>,
+    /// The same, the first that was found first, with whose they are.
+    in_turn: Vec<(u64, CallerKey)>,
 }
 
 impl EndedSample {
@@ -100,11 +103,16 @@ impl EndedSample {
     }
 
     /// Whether an inode counts: the first time that it is found.
-    fn counts(&mut self, inode: Inode) -> bool {
+    fn counts(&mut self, one: &Ended) -> bool {
         if self.counted.len() >= MOST_COUNTED {
             self.counted.clear();
+            self.in_turn.clear();
         }
-        self.counted.insert(inode.number)
+        let is_new = self.counted.insert(one.inode.number);
+        if is_new {
+            self.in_turn.push((one.inode.number, one.caller));
+        }
+        is_new
     }
 }
 
@@ -208,20 +216,32 @@ impl EndedConnections {
                 Found::Unknown | Found::NotYet => (0, each),
                 Found::Gone => return None,
             };
-            let counts = self.lock().counts(one.inode);
+            let counts = self.lock().counts(&one);
             counts.then_some(FoundNames { caller: one.caller, held, unknown })
         });
         told.collect()
     }
 
-    /// Of so many processes what was found is forgotten, whichever they were: as many inodes may count once more.
-    pub fn forget(&self, processes: u64) {
-        let counted = &mut self.lock().counted;
-        let forgotten: Vec<u64> =
-            counted.iter().copied().take(usize::try_from(processes).unwrap_or(usize::MAX)).collect();
-        for number in forgotten {
-            counted.remove(&number);
+    /// Of so many processes of these families what was found is forgotten, whichever they were: as many inodes may count once more.
+    /// Those that were found first are, and none of others: who lives would be found once more, with what others were found with.
+    pub fn forget<S: BuildHasher>(
+        &self,
+        mut processes: HashMap<u64, u64, S>,
+        family_of: impl Fn(CallerKey) -> u64,
+    ) {
+        if processes.is_empty() {
+            return;
         }
+        let mut sample = self.lock();
+        let EndedSample { counted, in_turn, .. } = &mut *sample;
+        in_turn.retain(|(number, caller)| match processes.get_mut(&family_of(*caller)) {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                counted.remove(number);
+                false
+            }
+            _ => true,
+        });
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, EndedSample> {
@@ -408,7 +428,11 @@ mod tests {
             found += held(&ended);
         }
         assert_eq!(found, 1);
-        ended.forget(1);
+        let family = |caller| u64::from(caller != POLITE);
+        ended.forget(HashMap::from([(family(OTHERS), 5)]), family);
+        end(&ended, getpid(), POLITE);
+        assert_eq!(held(&ended), 0, "what was found of others is forgotten");
+        ended.forget(HashMap::from([(family(POLITE), 1)]), family);
         end(&ended, getpid(), POLITE);
         assert_eq!(held(&ended), 1, "and once more");
         ended.ask(false);
