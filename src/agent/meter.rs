@@ -150,7 +150,7 @@ impl MeteredCgroup {
         for FoundNames { caller, held, unknown } in ended.look() {
             self.gate.found_names(caller, held, unknown);
         }
-        ended.forget(self.gate.names_forgotten());
+        ended.forget(self.gate.names_forgotten(), |caller| self.gate.family_of(caller));
         if names.most < WORTH_A_WAIT {
             return None;
         }

@@ -243,9 +243,10 @@ pub(super) struct Accounts {
     kept: usize,
     /// What is owed by those for whom there was no room.
     owed_until: u64,
-    /// What the kernel keeps of names that nobody was found to hold, and what was forgotten of those that were found.
+    /// What the kernel keeps of names that nobody was found to hold.
     pub(super) read_kept: u64,
-    pub(super) forgotten: u64,
+    /// Bytes of those that groups were found to hold that were forgotten with the groups.
+    pub(super) forgotten: HashMap<u64, u64, ahash::RandomState>,
     next: u64,
     pub(super) node: Arc<NodeHeld>,
 }
@@ -258,7 +259,7 @@ impl Accounts {
             kept: 0,
             owed_until: 0,
             read_kept: 0,
-            forgotten: 0,
+            forgotten: HashMap::default(),
             next: 0,
             node,
         }
@@ -323,7 +324,10 @@ impl Accounts {
         }
         // Of the names nobody else can be told apart by then.
         account.held.set_names(0, &self.node);
-        self.forgotten += account.held.names.pinned.load(Relaxed);
+        let pinned = account.held.names.pinned.load(Relaxed);
+        if pinned > 0 {
+            *self.forgotten.entry(place.group).or_default() += pinned;
+        }
         self.groups.remove(&place.group);
         self.owed_until = self.owed_until.max(until);
     }

@@ -12,6 +12,7 @@
 //! is told to their [`Holding`]; who holds how much is in [`accounts`](super::accounts), and never forgotten.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -371,8 +372,8 @@ impl Gate {
         self.shared.state().accounts.found_names(caller, group, held, unknown);
     }
 
-    /// Of how many processes what was found is forgotten since this was last asked.
-    pub fn names_forgotten(&self) -> u64 {
+    /// Of how many processes of which families what was found is forgotten since this was last asked.
+    pub fn names_forgotten(&self) -> HashMap<u64, u64, ahash::RandomState> {
         self.shared.state().accounts.names_forgotten()
     }
 

@@ -271,6 +271,8 @@ pub(super) struct HeldNames {
     /// What it may be at most: of names that somebody holds, and of processes that were read.
     pub(super) pinned: AtomicU64,
     pub(super) read: AtomicU64,
+    /// What was forgotten of those that somebody held.
+    pub(super) forgotten: AtomicU64,
     /// Of processes that were read to find out whom to charge, and were not let in.
     pub(super) in_vain: AtomicU64,
     lately: [[AtomicI32; 2]; 8],

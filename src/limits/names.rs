@@ -12,7 +12,10 @@
 //!
 //! Nobody says when a name is let go. What was found stays found as long as the kernel keeps as much, and else fades.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use super::{
     accounts::Accounts,
@@ -57,7 +60,7 @@ impl Accounts {
                 [(&names.pinned, of_pinned, pinned, PINNED_FADES), (&names.read, of_read, read, READ_FADES)];
             let before = names.pinned.load(Relaxed);
             let holds = own.map(|(own, held, all, fades)| part(held, fade(own, held, all, fades), all));
-            self.forgotten += before.saturating_sub(names.pinned.load(Relaxed));
+            names.forgotten.fetch_add(before.saturating_sub(names.pinned.load(Relaxed)), Relaxed);
             fade(&names.in_vain, of_read, read, READ_FADES);
             account.held.set_names(holds.iter().sum(), &self.node);
         }
@@ -100,11 +103,19 @@ impl Accounts {
         }
     }
 
-    /// Of how many processes, since this was last asked, what was found is forgotten.
-    pub(super) fn names_forgotten(&mut self) -> u64 {
-        let processes = self.forgotten / OF_PIDFD;
-        self.forgotten %= OF_PIDFD;
-        processes
+    /// Of how many processes of which groups, since this was last asked, what was found is forgotten.
+    pub(super) fn names_forgotten(&mut self) -> HashMap<u64, u64, ahash::RandomState> {
+        let mut forgotten = std::mem::take(&mut self.forgotten);
+        for (group, account) in &self.groups {
+            let bytes = account.held.names.forgotten.load(Relaxed);
+            let whole = bytes - bytes % OF_PIDFD;
+            if whole > 0 {
+                account.held.names.forgotten.fetch_sub(whole, Relaxed);
+                *forgotten.entry(*group).or_default() += whole;
+            }
+        }
+        forgotten.values_mut().for_each(|bytes| *bytes = bytes.div_ceil(OF_PIDFD));
+        forgotten
     }
 
     /// Bytes of names that somebody holds.
@@ -127,7 +138,7 @@ fn fade(own: &AtomicU64, held: u64, all: u64, fades: u64) -> u64 {
 }
 
 /// What of `all` goes to one who has `own` of `whole`.
-fn part(all: u64, own: u64, whole: u64) -> u64 {
+pub(crate) fn part(all: u64, own: u64, whole: u64) -> u64 {
     let part = u128::from(all) * u128::from(own) / u128::from(whole.max(1));
     u64::try_from(part).unwrap_or(u64::MAX)
 }
@@ -236,15 +247,19 @@ mod tests {
     #[test]
     fn what_fades_is_forgotten_process_by_process() {
         let mut accounts = accounts();
-        pin(&mut accounts, 1, 5000);
+        pin(&mut accounts, 1, 4000);
+        pin(&mut accounts, 2, 1000);
         accounts.names_are(exactly(5000));
-        assert_eq!(accounts.names_forgotten(), 0);
-        let mut forgotten = 0;
+        assert!(accounts.names_forgotten().is_empty());
+        let mut forgotten = [0; 3];
         for _ in 0..10_000 {
             accounts.names_are(exactly(1000));
-            forgotten += accounts.names_forgotten();
+            for (group, processes) in accounts.names_forgotten() {
+                forgotten[usize::try_from(group).unwrap()] += processes;
+            }
         }
-        assert!((3990..=4000).contains(&forgotten), "{forgotten}");
+        let [_, first, second] = forgotten;
+        assert!((3190..=3210).contains(&first) && (790..=810).contains(&second), "{forgotten:?}");
     }
 
     #[test]

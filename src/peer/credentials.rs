@@ -557,7 +557,8 @@ impl Peer {
     /// How to find out, once its connection has ended, whether somebody holds what the kernel made of the process for it.
     pub(super) fn asked_later(&self, ended: &Arc<EndedConnections>) -> Option<AskedLater> {
         let Process::PeerPidfd(pidfd) = &self.process else { return None };
-        Some(AskedLater { ended: Arc::clone(ended), pidfd: pidfd.descriptor(), caller: self.caller })
+        let (ended, pidfd) = (Arc::clone(ended), pidfd.descriptor());
+        Some(AskedLater { ended, pidfd, pid: self.pid(), caller: self.caller })
     }
 
     /// Waits until the process has ended; for ever when the agent cannot see it. Watching costs an epoll
