@@ -37,6 +37,7 @@ pub mod status;
 pub mod unix;
 
 use std::{
+    io,
     ops::Deref,
     path::PathBuf,
     sync::{
@@ -454,8 +455,15 @@ impl Attestor {
         process.is_read();
         let process_dir = dir.clone();
         let read = move || ProcDir::open(process_dir)?.status();
-        let status = self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await?;
-        Seen::of(process, family, dir, status)
+        match self.long_reads.read(family, process.patience(), || process.stand_aside(), read).await {
+            Ok(status) => Seen::of(process, family, dir, status),
+            Err(error) if may_be_hidden(&error) => {
+                // One that has ended is not there either; on kernels that say nothing else of it, none is known to live.
+                process.is_alive()?;
+                Ok(Seen::with_hidden_groups(process, family, dir))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The connection's last result, if it may be used once more.
@@ -518,6 +526,17 @@ fn groups_at_first(process: &dyn Attestable, now: Instant) -> Option<(&[u32], In
     match process.connected_with_groups()? {
         ConnectedGroups::Few(groups) => Some((groups, until)),
         ConnectedGroups::Many(_) => None,
+    }
+}
+
+/// Whether this is what an agent reads that is not root's of another user's process, where `/proc` is mounted with hidepid (2, 1).
+fn may_be_hidden(error: &AttestError) -> bool {
+    match error {
+        AttestError::Gone => true,
+        AttestError::Status(ProcReadError::Read { source, .. }) => {
+            source.kind() == io::ErrorKind::PermissionDenied
+        }
+        _ => false,
     }
 }
 
@@ -748,6 +767,48 @@ mod tests {
         }
     }
 
+    /// It lives, and is not found in `/proc`.
+    #[tokio::test]
+    async fn a_process_that_is_hidden_has_what_depends_on_no_supplementary_group() {
+        for (case, entries, is_told) in [
+            ("its user", "unix:uid:1000 / unix:uid:7 unix:supplementary_gid:9", true),
+            ("its user, and a group", "unix:uid:1000 / unix:uid:1000 unix:supplementary_gid:9", false),
+            ("its user, and a group by name", "unix:uid:1000 unix:supplementary_group:web", false),
+            ("another's, and a group by name", "unix:uid:7 unix:supplementary_group:web", true),
+            (
+                "its user, and one that is not answered",
+                "unix:uid:1000 unix:supplementary_group:x / unix:uid:7 unix:supplementary_gid:9",
+                false,
+            ),
+            ("a group, whoever it is", "unix:uid:1000 / unix:supplementary_gid:9", false),
+            (
+                "a group, and one that nobody is in",
+                "unix:supplementary_gid:9 unix:supplementary_group:gone",
+                true,
+            ),
+        ] {
+            let attestor = with_names("user-with-groups");
+            let index = Arc::new(EntryIndex::new(entries.split('/').map(Entry::asking)));
+            attestor.prepare_for(&index);
+            attestor.wait(Duration::from_secs(60));
+            let questions = attestor.prepare_for(&index);
+            let got = attestor.subject(&fixture(4099, (1000, 1001)), &questions).await;
+            let values = |subject: Subject| {
+                subject.iter().map(|it| it.value().to_owned()).collect::<Vec<_>>().join(" ")
+            };
+            match (got.map(values), is_told) {
+                (Ok(values), true) => assert_eq!(values, "gid:1001 uid:1000", "{case}"),
+                (Err(error), false) => {
+                    assert!(
+                        matches!(error, AttestError::Attestor(AttestorError::Unix(UnixError::HiddenGroups))),
+                        "{case}: {error}"
+                    );
+                }
+                (got, _) => panic!("{case}: {got:?}"),
+            }
+        }
+    }
+
     #[tokio::test]
     async fn what_comes_to_be_known_is_asked_from_the_next_snapshot_on() {
         let attestor = with_names("user-with-groups");
@@ -792,8 +853,8 @@ mod tests {
                 "user-with-groups",
                 4099,
                 (1000, 1001),
-                "the process that opened the connection has exited",
-                Blame::Refusal,
+                "/proc hides the supplementary groups of the caller's processes from the agent (hidepid)",
+                Blame::Crowd,
             ),
             (
                 "many-groups",
@@ -841,6 +902,11 @@ mod tests {
         gone.fates.lock().unwrap().push(AttestError::Gone);
         assert!(matches!(attestor.subject(&gone, &nothing()).await, Err(AttestError::Gone)));
         assert!(gone.slot.load::<LastResult>(Instant::now()).is_none(), "and nothing is kept");
+
+        // It is not found any more, which a hidden one is not either.
+        let not_there = fixture(4099, (1000, 1001));
+        not_there.fates.lock().unwrap().push(AttestError::Gone);
+        assert!(matches!(attestor.subject(&not_there, &a_group(&attestor)).await, Err(AttestError::Gone)));
 
         // What is read in place of a process that is gone may be anything; the reason is that it is gone.
         let replaced = fixture(4100, (0, 0));
@@ -981,11 +1047,16 @@ mod tests {
         for _ in 0..2 {
             attestor.subject(&process, &nothing).await.unwrap();
         }
-        attestor.subject(&fixture(4099, (1000, 1001)), &a_group(&attestor)).await.unwrap_err();
+        let (hidden, gone) = (fixture(4099, (1000, 1001)), fixture(4099, (1000, 1001)));
+        gone.fates.lock().unwrap().push(AttestError::Gone);
+        for process in [hidden, gone] {
+            attestor.subject(&process, &a_group(&attestor)).await.unwrap_err();
+        }
         let text = metrics.render();
         for line in [
             r#"durward_attestation_duration_seconds_count{attestor="unix"} 1"#,
             r#"durward_attestation_failures_total{attestor="unix",reason="gone"} 1"#,
+            r#"durward_attestation_failures_total{attestor="unix",reason="unreadable"} 1"#,
             r#"durward_attestation_failures_total{attestor="unix",reason="busy"} 0"#,
         ] {
             assert!(text.lines().any(|it| it == line), "{line} in:\n{text}");

@@ -284,6 +284,7 @@ pub(super) fn node_facts(attestor: &Attestor, questions: &Questions, around: &Ar
         mapped,
         traces_only: (!may_look_at_executables()).then_some(own_user),
         sees_only: around.hides_others.then_some(own_user),
+        knows_groups_only: around.hides_groups.then_some(own_user),
         apart: if around.of_own_container { Apart::OtherPods } else { Apart::Nobody },
         outages: attestor.outages(questions),
         has_server: false,

@@ -53,6 +53,13 @@ enum Obstacle {
          group of the agent's user, or without hidepid for this agent ({0})"
     )]
     HiddenProcesses(io::Error),
+    /// The same, where it is known all the same whose a process is: callers of other users are attested without what is in `/proc`.
+    #[error(
+        "processes of other users are hidden (/proc is mounted with hidepid), so what pods they are in is not known, and their \
+         supplementary groups only in the first second of a connection: mount it with gid=, a group of the agent's user, or \
+         without hidepid for this agent, if an entry asks for these ({0})"
+    )]
+    HiddenGroups(io::Error),
     /// Some users cannot be told apart.
     #[error(
         "the agent runs in a user namespace that does not map all users: the others are not served; run the agent outside \
@@ -78,9 +85,11 @@ impl Obstacle {
     fn is_for_all(&self) -> bool {
         match self {
             Self::Pidfd(_) | Self::Refused(_) | Self::Proc(_) => true,
-            Self::HiddenProcesses(_) | Self::UserNamespace | Self::PidNamespace | Self::PidNamespaceOfPod => {
-                false
-            }
+            Self::HiddenProcesses(_)
+            | Self::HiddenGroups(_)
+            | Self::UserNamespace
+            | Self::PidNamespace
+            | Self::PidNamespaceOfPod => false,
         }
     }
 }
@@ -121,14 +130,22 @@ pub(super) struct Surroundings {
 /// What keeps some callers from being served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Around {
-    /// The processes of other users are hidden.
+    /// The processes of other users are hidden, so that these are not attested.
     pub(super) hides_others: bool,
+    /// They are hidden, and attested as far as that goes without what is in `/proc`.
+    pub(super) hides_groups: bool,
     /// Processes outside of the agent's PID namespace have no PID here.
     pub(super) has_strangers: bool,
     /// The PID namespace is that of the agent's own container, in a pod.
     pub(super) of_own_container: bool,
     /// All of it in words.
     pub(super) in_spite_of: Vec<String>,
+}
+
+impl Around {
+    fn hides_any(&self) -> bool {
+        self.hides_others || self.hides_groups
+    }
 }
 
 impl Surroundings {
@@ -160,11 +177,12 @@ impl Surroundings {
                 (true, _) => {}
             }
             around.hides_others |= matches!(lack, Obstacle::HiddenProcesses(_));
+            around.hides_groups |= matches!(lack, Obstacle::HiddenGroups(_));
             around.has_strangers |= matches!(lack, Obstacle::PidNamespace | Obstacle::PidNamespaceOfPod);
             around.of_own_container |= matches!(lack, Obstacle::PidNamespaceOfPod);
             around.in_spite_of.extend((!is_for_all).then(|| lack.to_string()));
         }
-        if self.around.borrow().hides_others && !around.hides_others {
+        if self.around.borrow().hides_any() && !around.hides_any() {
             tracing::warn!("the processes of other users are not hidden any more");
         }
         self.around.send_if_modified(|known| {
@@ -226,6 +244,17 @@ fn pidfd_of_peer(end: &UnixStream) -> Result<(), Errno> {
     }
 }
 
+/// Whether it is known whose processes call, though nothing in them can be read: a pidfd says it, or the directory in `/proc`, which
+/// hidepid=1 shows. What could not be asked is no reason to say otherwise.
+fn owners_are_known() -> bool {
+    let Ok((end, _other)) = UnixStream::pair() else { return true };
+    match getsockopt(&end, sockopt::PeerPidfd) {
+        Ok(pidfd) => Pidfd::new(pidfd).owner() != Ok(None) || fs::metadata("/proc/1").is_ok(),
+        // It is asked when a process started, which is in there.
+        Err(errno) => errno != Errno::ENOPROTOOPT,
+    }
+}
+
 /// What is missing here beside a pidfd.
 fn shortcomings(attestor: &Attestor, for_pods: bool) -> Vec<Obstacle> {
     let proc = match attestor.look_at_proc() {
@@ -234,7 +263,7 @@ fn shortcomings(attestor: &Attestor, for_pods: bool) -> Vec<Obstacle> {
         Ok(()) => fs::read("/proc/1/status")
             .err()
             .filter(|error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied))
-            .map(Obstacle::HiddenProcesses),
+            .map(if owners_are_known() { Obstacle::HiddenGroups } else { Obstacle::HiddenProcesses }),
     };
     let users = namespace::unmapped().map(|_| Obstacle::UserNamespace);
     // A node may be a container itself, as in kind: then its first process is no neighbour of the agent's.

@@ -9,13 +9,16 @@ use super::way_in::{SocketWay, opens};
 use crate::{
     attest::{
         Outage, Questions,
-        unix::{Account, is_of_executable},
+        unix::{Account, is_of_executable, is_of_supplementary_group},
     },
     identity::{Entry, Selector},
     os::namespace::MappedAccounts,
     peer::socket::Presence,
     telemetry::health::Ungiven,
 };
+
+/// What to do where processes of other users are hidden.
+const UNHIDE: &str = "mount /proc with gid=, a group of the agent's user, or without hidepid for this agent";
 
 /// Who has no PID where the agent is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +45,8 @@ pub(super) struct Facts {
     pub(super) traces_only: Option<u32>,
     /// The one user whose processes are not hidden.
     pub(super) sees_only: Option<u32>,
+    /// The one user the supplementary groups of whose processes are not hidden.
+    pub(super) knows_groups_only: Option<u32>,
     pub(super) apart: Apart,
     /// Attestors that can tell nothing.
     pub(super) outages: Vec<(&'static str, Outage)>,
@@ -62,6 +67,8 @@ enum Cause {
     Untraced,
     /// Their processes are hidden.
     Hidden,
+    /// Their supplementary groups are.
+    HiddenGroups,
     /// They are in other pods, whose processes have no PID here.
     OtherPods,
     /// Their processes have no PID here.
@@ -96,6 +103,7 @@ impl Facts {
         let accounts = || entry.selectors.iter().filter_map(|it| Some((it, questions.account(it)?)));
         let has_group = |gid| accounts().any(|(_, account)| account == Account::Group(gid));
         let executable = entry.selectors.iter().find(|it| is_of_executable(it));
+        let further_group = entry.selectors.iter().find(|it| is_of_supplementary_group(it));
         let of_user = accounts().find_map(|(selector, account)| {
             let cause = match (account, &self.mapped) {
                 (Account::User(uid), Some(mapped)) if !mapped.has_user(uid) => Cause::NoNumber,
@@ -108,6 +116,10 @@ impl Facts {
                         Cause::Shut
                     } else if is_other(self.sees_only) {
                         Cause::Hidden
+                    } else if is_other(self.knows_groups_only)
+                        && let Some(group) = further_group
+                    {
+                        return Some((Cause::HiddenGroups, group));
                     } else if is_other(self.traces_only) {
                         return executable.map(|it| (Cause::Untraced, it));
                     } else {
@@ -125,12 +137,14 @@ impl Facts {
 
     /// Nothing is wrong with the node.
     fn are_well(&self) -> bool {
-        let Self { way, mapped, executables_unbelieved, traces_only, sees_only, apart, outages, .. } = self;
+        let Self { way, mapped, executables_unbelieved, traces_only, sees_only, .. } = self;
+        let Self { knows_groups_only, apart, outages, .. } = self;
         way.shut.is_empty()
             && mapped.is_none()
             && !executables_unbelieved
             && traces_only.is_none()
             && sees_only.is_none()
+            && knows_groups_only.is_none()
             && *apart == Apart::Nobody
             && outages.is_empty()
     }
@@ -219,6 +233,7 @@ impl Cause {
             Self::Unbelieved => "what callers execute is not believed in the agent's user namespace",
             Self::Untraced => "the agent has no CAP_SYS_PTRACE",
             Self::Hidden => "processes of other users are hidden (hidepid)",
+            Self::HiddenGroups => "supplementary groups of other users' processes are hidden (hidepid)",
             Self::OtherPods => "callers in other pods cannot be identified (hostPID)",
             Self::Strangers => "callers are in another PID namespace",
             Self::Outage(_) => "what pods callers are in cannot be told",
@@ -229,7 +244,7 @@ impl Cause {
     /// Whether nothing else tells it than the entries that it concerns.
     fn is_of_entries(self) -> bool {
         match self {
-            Self::Shut | Self::NoNumber | Self::Unbelieved | Self::Untraced => true,
+            Self::Shut | Self::NoNumber | Self::Unbelieved | Self::Untraced | Self::HiddenGroups => true,
             Self::Hidden | Self::OtherPods | Self::Strangers | Self::Outage(_) | Self::Absent => false,
         }
     }
@@ -258,9 +273,11 @@ impl KeptEntries {
                 ", but the agent has no CAP_SYS_PTRACE to see what processes of that user execute",
                 "give it the capability (systemd: discover-workload-path.conf)",
             ),
-            Cause::Hidden => (
-                ", whose processes are hidden from the agent",
-                "mount /proc with gid=, a group of the agent's user, or without hidepid for this agent",
+            Cause::Hidden => (", whose processes are hidden from the agent", UNHIDE),
+            Cause::HiddenGroups => (
+                ", but what supplementary groups processes of that user are in is hidden from the agent, but for the first second of \
+                 a connection",
+                UNHIDE,
             ),
             Cause::OtherPods => (
                 ", but callers in other pods have no PID in the PID namespace of the agent's container",
@@ -338,6 +355,7 @@ mod tests {
         let of_owner = || Facts { way: way(None), ..well() };
         let of_group = || Facts { way: way(Some(3)), ..well() };
         let hidden = || Facts { sees_only: Some(5), ..well() };
+        let groups_hidden = || Facts { knows_groups_only: Some(5), ..well() };
         let untraced = || Facts { traces_only: Some(5), ..well() };
         let apart = |apart| Facts { apart, ..well() };
         let unbelieved = || Facts { executables_unbelieved: true, ..rootless() };
@@ -365,6 +383,15 @@ mod tests {
             ("the agent's own user", hidden(), "unix:uid:5", None),
             ("another user", hidden(), "unix:uid:0", Some(Cause::Hidden)),
             ("a group, which may be its own", hidden(), "unix:gid:9", None),
+            ("another user, whose groups are hidden", groups_hidden(), "unix:uid:0", None),
+            (
+                "the same, by such a group",
+                groups_hidden(),
+                "unix:supplementary_gid:9 unix:uid:0",
+                Some(Cause::HiddenGroups),
+            ),
+            ("its own user, by such a group", groups_hidden(), "unix:supplementary_gid:9 unix:uid:5", None),
+            ("such a group, which may be its own", groups_hidden(), "unix:supplementary_gid:9", None),
             ("its own executable", untraced(), "unix:uid:5 unix:path:/bin/web", None),
             ("another's executable", untraced(), "unix:uid:6 unix:path:/bin/web", Some(Cause::Untraced)),
             ("another user alone", untraced(), "unix:uid:6", None),

@@ -188,6 +188,8 @@ pub(super) struct Seen<'a> {
     /// Its `/proc/PID`, which who needs it opens.
     pub(super) dir: PathBuf,
     pub(super) status: ProcStatus,
+    /// Of that, the supplementary groups could not be read, and none are there.
+    pub(super) groups_are_hidden: bool,
 }
 
 impl<'a> Seen<'a> {
@@ -212,7 +214,7 @@ impl<'a> Seen<'a> {
             let Owner { uid, gid } = owner;
             return Err(AttestError::IdentityChanged { pid: process.pid(), uid, gid });
         }
-        Ok(Self { process, family, dir, status })
+        Ok(Self { process, family, dir, status, groups_are_hidden: false })
     }
 
     /// `process`, which is as it connected, with these supplementary groups.
@@ -224,7 +226,12 @@ impl<'a> Seen<'a> {
     ) -> Self {
         let Owner { uid, gid } = process.owner();
         let status = ProcStatus { uid: uid.as_raw(), gid: gid.as_raw(), groups };
-        Self { process, family, dir, status }
+        Self { process, family, dir, status, groups_are_hidden: false }
+    }
+
+    /// `process`, which is as it connected; what supplementary groups it has cannot be read.
+    pub(super) fn with_hidden_groups(process: &'a dyn Attestable, family: u64, dir: PathBuf) -> Self {
+        Self { groups_are_hidden: true, ..Self::as_connected(process, family, dir, Vec::new()) }
     }
 
     /// The same, told apart from those who have no number in the agent's user namespace.

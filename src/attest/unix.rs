@@ -56,6 +56,12 @@ pub fn is_of_executable(selector: &Selector) -> bool {
     selector.kind() == NAME && questions::executable(selector.value()).is_some()
 }
 
+/// Whether this selector is of a process's supplementary groups.
+pub fn is_of_supplementary_group(selector: &Selector) -> bool {
+    let word = selector.value().split(':').next();
+    selector.kind() == NAME && word.is_some_and(|word| questions::GROUP_KINDS.contains(&word))
+}
+
 /// Its name, which is the type of its selectors.
 const NAME: &str = "unix";
 const PATH: &str = "path";
@@ -93,6 +99,9 @@ pub enum UnixError {
     /// The user database does not answer.
     #[error("the user database does not answer for a name that an entry asks for")]
     NoNames,
+    /// `/proc` does not show the process to the agent.
+    #[error("/proc hides the supplementary groups of the caller's processes from the agent (hidepid)")]
+    HiddenGroups,
     /// What it executes cannot be told.
     #[error(transparent)]
     Executable(#[from] ExecutableError),
@@ -103,6 +112,8 @@ impl UnixError {
     pub(super) fn class(&self) -> (Blame, AttestFault) {
         match self {
             Self::NoNames => (Blame::Fault, AttestFault::Busy),
+            // The log had it when that was found.
+            Self::HiddenGroups => (Blame::Crowd, AttestFault::Unreadable),
             Self::Executable(error) => error.class(),
         }
     }
@@ -196,11 +207,13 @@ impl WorkloadAttestor for UnixAttestor {
     ) -> Result<Findings<UnixError>, UnixError> {
         let own = self.names.own();
         let untold = questions.unix.unanswered(&own, &seen.status);
-        let untold = untold.map(|word| Untold { word, why: UnixError::NoNames }).collect();
+        let unanswered = untold.map(|word| Untold { word, why: UnixError::NoNames });
+        let hidden = questions::GROUP_KINDS.iter().filter(|_| seen.groups_are_hidden);
+        let hidden = hidden.map(|word| Untold { word, why: UnixError::HiddenGroups });
         let mut findings = Findings {
             selectors: selectors(&seen.status, &questions.unix),
             evidence: None,
-            untold,
+            untold: hidden.chain(unanswered).collect(),
             age: None,
         };
         let all = seen.extent() == Extent::All;

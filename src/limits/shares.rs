@@ -224,7 +224,7 @@ pub(super) struct HeldOfShare {
 
 /// A bucket that is shared has too few tokens for a call.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Lacking {
+pub(super) struct NotHeld {
     pub(super) too_few: TooFew,
     /// Where the share is.
     at: usize,
@@ -259,7 +259,7 @@ impl Shares {
         now: u64,
         bucket: &mut Bucket,
         ask: AskOfShare,
-    ) -> Result<HeldOfShare, Lacking> {
+    ) -> Result<HeldOfShare, NotHeld> {
         let AskOfShare { quota, cost, taker, short } = ask;
         let at = self.asks(now, Common { bucket: *bucket, quota, short }, taker);
         let takers = self.active;
@@ -282,7 +282,7 @@ impl Shares {
                     Err(_) if passes => bucket.hold_some(now, quota, cost, leaves),
                     Err(wait) => {
                         let too_few = TooFew::of_shared(quota, cost, leaves, wait, share_wait);
-                        return Err(Lacking { too_few, at, leaves });
+                        return Err(NotHeld { too_few, at, leaves });
                     }
                 }
             }
@@ -299,9 +299,9 @@ impl Shares {
         now: u64,
         bucket: &mut Bucket,
         ask: AskOfShare,
-        lacking: Lacking,
+        lacking: NotHeld,
     ) -> HeldOfShare {
-        let Lacking { at, leaves, .. } = lacking;
+        let NotHeld { at, leaves, .. } = lacking;
         if let Some(share) = self.all.get_mut(at) {
             share.holds(ask.cost);
         }

@@ -12,8 +12,8 @@ use std::{
     process::Command,
 };
 
-use durward::api::proto::workload as pb;
-use nix::unistd::geteuid;
+use durward::{api::proto::workload as pb, os::pidfd::Pidfd};
+use nix::unistd::{Pid, geteuid};
 
 use crate::{
     kubelet::{FakeKubelet, Reply, listed, pod},
@@ -74,7 +74,21 @@ async fn logged(dir: &Path, want: &str) -> String {
 fn fetch_as(user: u32, dir: &Path) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
     command.args(["api", "fetch", "jwt", "--audience", "a", "--socket-path"]).arg(dir.join("api.sock"));
-    let output = command.uid(user).gid(user).output().unwrap();
+    said(command.uid(user).gid(user))
+}
+
+/// The same, of a process that is in these supplementary groups.
+fn fetch_in_groups(user: u32, groups: impl IntoIterator<Item = u32>, dir: &Path) -> String {
+    let groups: Vec<_> = groups.into_iter().map(|group| group.to_string()).collect();
+    let user = user.to_string();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", &user, "--regid", &user, "--groups", &groups.join(",")]);
+    command.args([env!("CARGO_BIN_EXE_durward"), "api", "fetch", "jwt", "--audience", "a", "--socket-path"]);
+    said(command.arg(dir.join("api.sock")))
+}
+
+fn said(command: &mut Command) -> String {
+    let output = command.output().unwrap();
     [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat()
 }
 
@@ -157,13 +171,16 @@ async fn an_agent_whose_entries_ask_for_those_without_a_number_is_not_ready() {
     }
 }
 
-/// An agent that is not root's, where `mounts` has changed `/proc` for it alone; `None` where nobody may do that.
+/// An agent that is not root's and is started by these words, where `mounts` has changed `/proc` for it alone; `None` where nobody
+/// may do that.
 fn of_user_behind(
     entries: &str,
+    by: &[&str],
     mounts: impl FnOnce(&Path) -> String,
 ) -> Option<(tempfile::TempDir, Process)> {
     let hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"];
-    let can = Command::new(hide[0]).args(&hide[1..]).arg("mount -t proc -o hidepid=2 proc /proc").status();
+    let can = [by, &hide, &["mount -t proc -o hidepid=2 proc /proc"]].concat();
+    let can = Command::new(can[0]).args(&can[1..]).status();
     if !geteuid().is_root() || !can.is_ok_and(|status| status.success()) {
         return None;
     }
@@ -172,30 +189,107 @@ fn of_user_behind(
     chown(dir.path(), Some(USER), Some(USER)).unwrap();
     let mounts = mounts(dir.path());
     let run = format!("set -e\n{mounts}\nexec setpriv --reuid={USER} --regid={USER} --clear-groups \"$@\"");
-    let mut words = hide.to_vec();
-    words.extend([run.as_str(), "sh"]);
+    let words = [by, &hide, &[run.as_str(), "sh"]].concat();
     let agent = Process::spawn_by(&words, dir.path());
     Some((dir, agent))
 }
 
+/// An entry for this user that asks for more.
+fn of(user: u32, more: &[&str]) -> String {
+    let more: String = more.iter().map(|selector| format!(", \"{selector}\"")).collect();
+    format!("entry \"spiffe://example.org/of{user}\" {{ selectors = [\"unix:uid:{user}\"{more}] }}\n")
+}
+
+/// What says that no other user is served, and that only some of them are not.
+const HIDDEN: &str = "processes of other users are hidden (hidepid)";
+const GROUPS_HIDDEN: &str = "supplementary groups of other users' processes are hidden (hidepid)";
+
+/// As before Linux 6.13: no pidfd says whose a process is.
+#[cfg(target_arch = "x86_64")]
+fn no_owner() -> String {
+    const ENOTTY: u32 = 25;
+    let info = libc::PIDFD_GET_INFO;
+    by_filter(&format!("load(0), same(16, 3), load(24), same({info}, 1), answer({ENOTTY})"))
+}
+
+/// Whose a process is, or which it is, is read in what is hidden there.
+#[cfg(target_arch = "x86_64")]
 #[tokio::test(flavor = "multi_thread")]
-async fn hidden_processes_are_no_healthy_node() {
-    let hide = |_: &Path| "mount -t proc -o hidepid=2 proc /proc".to_owned();
-    let own = format!("entry \"spiffe://example.org/own\" {{ selectors = [\"unix:uid:{USER}\"] }}\n");
-    for (case, entries, is_ready) in [
-        ("another's", entry("/web", ""), false),
-        ("the agent's own", own.clone(), true),
-        ("both", own + &entry("/web", ""), true),
-    ] {
-        let Some((dir, mut agent)) = of_user_behind(&entries, hide) else { return };
-        drop(agent.serving(dir.path()).await);
-        let answer = ready(dir.path()).await;
-        assert_eq!(answer.starts_with("HTTP/1.1 200"), is_ready, "{case}: {answer}");
-        assert_eq!(answer.contains("processes of other users are hidden"), !is_ready, "{case}: {answer}");
-        let log = logged(dir.path(), "processes of other users are hidden").await;
-        assert_eq!(log.contains("nobody can be served"), !is_ready, "{case}: {log}");
-        if case == "the agent's own" {
-            assert!(fetch_as(USER, dir.path()).contains("spiffe://example.org/own"), "{case}");
+async fn hidden_processes_are_no_healthy_node_on_an_older_kernel() {
+    const ENOPROTOOPT: u32 = 92;
+    let no_peer_pidfd = format!("load(0), same(55, 3), load(32), same(77, 1), answer({ENOPROTOOPT})");
+    for (filter, option) in [(no_owner(), 2), (by_filter(&no_peer_pidfd), 1)] {
+        let by = ["python3", "-c", &filter, "/usr/bin/env"];
+        let hide = |_: &Path| format!("mount -t proc -o hidepid={option} proc /proc");
+        for (case, entries, is_ready) in [
+            ("another's", of(USER + 1, &[]), false),
+            ("another's, by a further group", of(USER + 1, &["unix:supplementary_gid:9"]), false),
+            ("the agent's own", of(USER, &[]), true),
+            ("both", of(USER, &[]) + &of(USER + 1, &[]), true),
+        ] {
+            let case = format!("{case}, hidepid={option}");
+            let Some((dir, mut agent)) = of_user_behind(&entries, &by, hide) else { return };
+            // It is this test's user, too, whose connections are closed there.
+            let began = std::time::Instant::now();
+            while UnixStream::connect(dir.path().join("health.sock")).is_err() {
+                assert!(began.elapsed() < PATIENCE && !agent.has_ended(), "{case}");
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+            let answer = ready(dir.path()).await;
+            assert_eq!(answer.starts_with("HTTP/1.1 200"), is_ready, "{case}: {answer}");
+            assert_eq!(answer.contains(HIDDEN), !is_ready, "{case}: {answer}");
+            assert_eq!(healthcheck_as(USER, dir.path()), i32::from(!is_ready), "{case}");
+            let log = logged(dir.path(), "so no other user is served").await;
+            assert_eq!(log.contains("nobody can be served"), !is_ready, "{case}: {log}");
+            for user in [USER, USER + 1] {
+                let (said, id) = (fetch_as(user, dir.path()), format!("spiffe://example.org/of{user}"));
+                let is_served = user == USER && entries.contains(&id);
+                assert_eq!(said.contains(&id), is_served, "{case}, {user}: {said}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hidden_processes_are_served_by_what_the_kernel_tells_without_proc() {
+    let mut nodes: Vec<(Vec<String>, u32)> = Vec::new();
+    if Pidfd::open(Pid::this()).unwrap().owner() != Ok(None) {
+        nodes.extend([(Vec::new(), 1), (Vec::new(), 2)]);
+    }
+    // The directory's owner shows.
+    #[cfg(target_arch = "x86_64")]
+    nodes.push((["python3", "-c", &no_owner(), "/usr/bin/env"].map(str::to_owned).to_vec(), 1));
+    let (group, other) = ("unix:supplementary_gid:9", "unix:supplementary_gid:8");
+    for (by, option) in nodes {
+        let by: Vec<&str> = by.iter().map(String::as_str).collect();
+        let hide = |_: &Path| format!("mount -t proc -o hidepid={option} proc /proc");
+        // With who is served at once, and after the first second.
+        for (case, entries, is_ready, at_first, later) in [
+            ("another's", of(USER + 1, &[]), true, true, true),
+            ("another's, by a further group", of(USER + 1, &[group]), false, true, false),
+            ("beside it", of(USER + 1, &[]) + &of(USER + 2, &[group]), true, true, true),
+            ("beside the agent's own", of(USER, &[other]) + &of(USER + 1, &[group]), true, true, false),
+        ] {
+            let case = format!("{case}, hidepid={option}, by {} words", by.len());
+            let Some((dir, mut agent)) = of_user_behind(&entries, &by, hide) else { return };
+            drop(agent.serving(dir.path()).await);
+            let answer = ready(dir.path()).await;
+            assert_eq!(answer.starts_with("HTTP/1.1 200"), is_ready, "{case}: {answer}");
+            assert_eq!(answer.contains(GROUPS_HIDDEN), !is_ready, "{case}: {answer}");
+            assert_eq!(healthcheck_as(USER + 1, dir.path()), i32::from(!is_ready), "{case}");
+            // Of so many groups the kernel does not tell at first either which they are.
+            let (few, many) = (vec![9], (9..109).collect::<Vec<_>>());
+            for (groups, is_served) in [(few, at_first), (many, later)] {
+                let said = fetch_in_groups(USER + 1, groups, dir.path());
+                assert_eq!(said.contains("spiffe://example.org/of731007"), is_served, "{case}: {said}");
+                assert_eq!(said.contains("workload attestation failed"), !is_served, "{case}: {said}");
+            }
+            let log = logged(dir.path(), "processes of other users are hidden").await;
+            assert_eq!(log.contains("nobody can be served"), !is_ready, "{case}: {log}");
+            assert!(!log.contains("no other user is served"), "{case}: {log}");
+            if entries.contains(group) {
+                logged(dir.path(), &format!("asks for {group}, but what supplementary groups")).await;
+            }
         }
     }
 }
@@ -210,10 +304,12 @@ async fn processes_that_are_hidden_later_are_noticed() {
         };
         format!("mount -t proc proc /proc\n{{ {}{} }} &", later("2"), later("0"))
     };
-    let Some((dir, mut agent)) = of_user_behind(&entry("/web", ""), mounts) else { return };
+    // Whatever the kernel tells, nobody has this for long.
+    let entry = of(0, &["unix:supplementary_gid:9"]);
+    let Some((dir, mut agent)) = of_user_behind(&entry, &[], mounts) else { return };
     drop(agent.serving(dir.path()).await);
     assert!(ready(dir.path()).await.starts_with("HTTP/1.1 200"));
-    for (option, want) in [("2", "processes of other users are hidden"), ("0", "HTTP/1.1 200")] {
+    for (option, want) in [("2", "are hidden (hidepid)"), ("0", "HTTP/1.1 200")] {
         fs::write(dir.path().join(option), "").unwrap();
         until(dir.path(), want).await;
     }
@@ -718,6 +814,13 @@ fn healthcheck(dir: &Path) -> i32 {
     let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
     let checked = healthcheck.args(["healthcheck", "--socket-path"]).arg(dir.join("api.sock")).output();
     checked.unwrap().status.code().unwrap()
+}
+
+/// The same, to another user.
+fn healthcheck_as(user: u32, dir: &Path) -> i32 {
+    let mut healthcheck = Command::new(env!("CARGO_BIN_EXE_durward"));
+    healthcheck.args(["healthcheck", "--socket-path"]).arg(dir.join("api.sock"));
+    healthcheck.uid(user).gid(user).output().unwrap().status.code().unwrap()
 }
 
 /// A mode of 0700 with an ACL by which user 731006 gets through.

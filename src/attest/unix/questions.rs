@@ -134,11 +134,16 @@ impl UnixQuestions {
         if let Some(word) = executable(value) {
             return Some(word);
         }
-        if self.unanswered.is_empty() {
-            return None;
+        if value.starts_with("supplementary_gid:") {
+            return Some(SUPPLEMENTARY_GID);
         }
         let (word, name) = name(value)?;
-        (self.answers.get(&name) == Some(&NameAnswer::Unanswered)).then_some(word)
+        match self.answers.get(&name)? {
+            NameAnswer::Unanswered => Some(word),
+            // It is as good as its number.
+            NameAnswer::Number(_) if word == SUPPLEMENTARY_GROUP => Some(SUPPLEMENTARY_GID),
+            NameAnswer::Number(_) | NameAnswer::Nobody => None,
+        }
     }
 
     /// Whom a selector asks for, as far as it is known.
@@ -179,6 +184,9 @@ impl UnixQuestions {
 const USER: &str = "user";
 const GROUP: &str = "group";
 const SUPPLEMENTARY_GROUP: &str = "supplementary_group";
+const SUPPLEMENTARY_GID: &str = "supplementary_gid";
+/// The kinds that are of supplementary groups.
+pub(super) const GROUP_KINDS: [&str; 2] = [SUPPLEMENTARY_GID, SUPPLEMENTARY_GROUP];
 
 /// The kind of a selector of an executable.
 pub(super) fn executable(value: &str) -> Option<&'static str> {
