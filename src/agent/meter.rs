@@ -288,7 +288,10 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
         limits.set_spare(time.spare());
         limits.room().set_processor_use(time.lately());
         if short != limits.room().is_short(Short::Processor) {
-            limits.room().set(Short::Processor, short);
+            match short {
+                true => limits.room().processor_is_short_by(time.lately()),
+                false => limits.room().set(Short::Processor, false),
+            }
             tracing::debug!(short, used = ?spell.used, of = ?spell.elapsed, spell.wanting, "processor time");
         }
     }

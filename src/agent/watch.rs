@@ -209,7 +209,8 @@ impl Watch {
 
     /// Says when the processor begins to be short, and when it no longer is.
     fn tell_of_processor(&self, processor: &mut ShortProcessor) {
-        let (cores, lately) = (self.gate.processor_share().text(), self.limits.room().processor_use());
+        let cores = self.gate.processor_share().text();
+        let lately = self.limits.room().processor_use_when_short();
         match processor.look(self.limits.room().is_short(Short::Processor), Instant::now()) {
             Some(ShortTold::Began) => tracing::warn!(
                 cores,

@@ -26,9 +26,27 @@ labels! {
 pub struct Room {
     short: AtomicU8,
     returned: Notify,
-    /// Of the processor, for people: thousandths of a core.
+    /// Of the processor, for people: lately, and when it became short.
+    lately: UseOfProcessor,
+    when_short: UseOfProcessor,
+}
+
+/// In thousandths of a core.
+#[derive(Debug, Default)]
+struct UseOfProcessor {
     ran: AtomicU32,
     waited: AtomicU32,
+}
+
+impl UseOfProcessor {
+    fn set(&self, to: ProcessorUse) {
+        self.ran.store(to.ran, Relaxed);
+        self.waited.store(to.waited, Relaxed);
+    }
+
+    fn get(&self) -> ProcessorUse {
+        ProcessorUse { ran: self.ran.load(Relaxed), waited: self.waited.load(Relaxed) }
+    }
 }
 
 impl Room {
@@ -63,13 +81,23 @@ impl Room {
 
     /// Says what was used of the processor lately.
     pub fn set_processor_use(&self, lately: ProcessorUse) {
-        self.ran.store(lately.ran, Relaxed);
-        self.waited.store(lately.waited, Relaxed);
+        self.lately.set(lately);
+    }
+
+    /// Says that it becomes short by this.
+    pub fn processor_is_short_by(&self, lately: ProcessorUse) {
+        self.when_short.set(lately);
+        self.set(Short::Processor, true);
     }
 
     /// What that was; nothing while nobody calls.
     pub fn processor_use(&self) -> ProcessorUse {
-        ProcessorUse { ran: self.ran.load(Relaxed), waited: self.waited.load(Relaxed) }
+        self.lately.get()
+    }
+
+    /// What it was when processor time became short last.
+    pub fn processor_use_when_short(&self) -> ProcessorUse {
+        self.when_short.get()
     }
 
     /// Waits until there is room.
