@@ -4,6 +4,7 @@
 //! begun first, as many as it needs, and it is made on a thread of its own, which is given up when it takes too long.
 
 use std::{
+    hint::black_box,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -80,9 +81,19 @@ pub(super) fn no_runtime(error: io::Error) -> anyhow::Error {
     anyhow!("cannot start the runtime: {error}{why}")
 }
 
+/// Memory that a thread takes which does nothing: its stack (2 MiB, as the standard library and the runtime have it), and another for
+/// signals.
+const OF_THREAD: usize = (2 << 20) + (64 << 10);
+
 /// Has `needed` threads at once, and ends them. Their stacks are as large as those of the runtime: where it has a thread too few it
 /// panics, and what is printed then takes memory, without which it waits for ever.
 fn try_threads(needed: usize) -> io::Result<()> {
+    // A thread that comes into being, and finds no memory for its signals then, panics before it can be asked.
+    let mut stacks = Vec::<u8>::new();
+    if stacks.try_reserve_exact(needed.saturating_mul(OF_THREAD)).is_err() {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    drop(black_box(stacks));
     let (leave, left) = mpsc::channel::<()>();
     let left = Arc::new(Mutex::new(left));
     let begin = |_| {

@@ -313,7 +313,7 @@ async fn processes_that_are_hidden_later_are_noticed() {
         fs::write(dir.path().join(option), "").unwrap();
         until(dir.path(), want).await;
     }
-    let log = fs::read_to_string(dir.path().join("log")).unwrap();
+    let log = logged(dir.path(), "can be served again").await;
     for want in ["processes of other users are hidden (", "are not hidden any more", "can be served again"] {
         assert_eq!(log.lines().filter(|line| line.contains(want)).count(), 1, "once: {want}: {log}");
     }
