@@ -496,7 +496,8 @@ async fn a_kernel_without_pidfds_has_no_healthy_agent_and_keeps_no_admin_out() {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
         assert!(ask(dir.path()).starts_with("HTTP/1.1 500"), "{case}");
-        assert_eq!(log().matches("the kernel gives no pidfd").count(), 1, "{case}: once: {}", log());
+        let log = logged(dir.path(), "the kernel gives no pidfd").await;
+        assert_eq!(log.matches("the kernel gives no pidfd").count(), 1, "{case}: once: {log}");
         let command = |words: &[&str], socket: &str| {
             let mut command = Command::new(env!("CARGO_BIN_EXE_durward"));
             let output = command.args(words).arg("--socket-path").arg(dir.path().join(socket)).output();
