@@ -286,12 +286,13 @@ pub(super) async fn keep_time(limits: Limits, gate: Gate, meter: MemoryMeter) {
         let short = time.look(gate.processor_share(), spell);
         quiet &= !short;
         limits.set_spare(time.spare());
-        limits.room().set_processor_use(time.lately());
+        let lately = time.lately();
+        limits.room().set_processor_use(lately);
         if short != limits.room().is_short(Short::Processor) {
-            match short {
-                true => limits.room().processor_is_short_by(time.lately()),
-                false => limits.room().set(Short::Processor, false),
+            if short {
+                limits.room().processor_is_short_by(lately);
             }
+            limits.room().set(Short::Processor, short);
             tracing::debug!(short, used = ?spell.used, of = ?spell.elapsed, spell.wanting, "processor time");
         }
     }

@@ -137,8 +137,17 @@ impl Facts {
 
     /// Nothing is wrong with the node.
     fn are_well(&self) -> bool {
-        let Self { way, mapped, executables_unbelieved, traces_only, sees_only, .. } = self;
-        let Self { knows_groups_only, apart, outages, .. } = self;
+        let Self {
+            way,
+            mapped,
+            executables_unbelieved,
+            traces_only,
+            sees_only,
+            knows_groups_only,
+            apart,
+            outages,
+            ..
+        } = self;
         way.shut.is_empty()
             && mapped.is_none()
             && !executables_unbelieved

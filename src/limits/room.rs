@@ -84,10 +84,9 @@ impl Room {
         self.lately.set(lately);
     }
 
-    /// Says that it becomes short by this.
+    /// Says by what it becomes short.
     pub fn processor_is_short_by(&self, lately: ProcessorUse) {
         self.when_short.set(lately);
-        self.set(Short::Processor, true);
     }
 
     /// What that was; nothing while nobody calls.

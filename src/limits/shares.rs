@@ -108,8 +108,8 @@ impl TakerShare {
     }
 
     /// Its taker asks, and is counted with those that are active.
-    fn is_asked(&mut self, now: u64, common: Common, taker: Taker, takers: &mut usize) {
-        let Common { bucket, quota, short } = common;
+    fn is_asked(&mut self, now: u64, bucket: Bucket, ask: AskOfShare, takers: &mut usize) {
+        let AskOfShare { quota, taker, short, .. } = ask;
         let joins = !self.is_active(now, quota);
         // One that is counted now counts itself: it asks.
         *takers += usize::from(joins);
@@ -162,14 +162,6 @@ pub(super) struct Shares {
     active: usize,
     left: usize,
     counted: u64,
-}
-
-/// A bucket that is shared, and how calls are charged to it.
-#[derive(Clone, Copy, Debug)]
-struct Common {
-    bucket: Bucket,
-    quota: Quota,
-    short: Shortfall,
 }
 
 /// What a call asks of a bucket that is shared.
@@ -260,8 +252,8 @@ impl Shares {
         bucket: &mut Bucket,
         ask: AskOfShare,
     ) -> Result<HeldOfShare, NotHeld> {
-        let AskOfShare { quota, cost, taker, short } = ask;
-        let at = self.asks(now, Common { bucket: *bucket, quota, short }, taker);
+        let AskOfShare { quota, cost, short, .. } = ask;
+        let at = self.asks(now, *bucket, ask);
         let takers = self.active;
         let kept = if takers > 1 { quota.burst().div_ceil(2) } else { 0 };
         let share = self.all.get_mut(at);
@@ -308,9 +300,9 @@ impl Shares {
         HeldOfShare { tokens: bucket.hold_some(now, ask.quota, ask.cost, leaves), at }
     }
 
-    /// `taker` asks. Returns where its share is.
-    fn asks(&mut self, now: u64, common: Common, taker: Taker) -> usize {
-        let quota = common.quota;
+    /// A call asks. Returns where the share of its taker is.
+    fn asks(&mut self, now: u64, bucket: Bucket, ask: AskOfShare) -> usize {
+        let AskOfShare { quota, taker, .. } = ask;
         let is_active = |share: &TakerShare| share.is_active(now, quota);
         if self.active == 0 || now.saturating_sub(self.counted) >= COUNTED_FOR {
             self.active = self.all.iter().filter(|share| is_active(share)).count();
@@ -319,7 +311,7 @@ impl Shares {
         }
         let at = self.place(taker, is_active);
         if let Some(share) = self.all.get_mut(at) {
-            share.is_asked(now, common, taker, &mut self.active);
+            share.is_asked(now, bucket, ask, &mut self.active);
         }
         at
     }
