@@ -450,7 +450,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::{AskedSelectors, EntryAttributes, EntryId, KeyType},
+        identity::KeyType,
         issuer::{
             embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
             metrics::IssuerMetrics,
@@ -492,38 +492,28 @@ mod tests {
             svid_key_type: KeyType::EcP256,
             issuer: IssuerSettings { default_jwt_svid_ttl: ttl, ..IssuerSettings::default() },
         };
-        let entry = Arc::new(Entry {
-            id: EntryId::new("1"),
-            spiffe_id: id(1),
-            selectors: AskedSelectors::default(),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: "".into(),
-            dns_names: Vec::new(),
-            federates_with: Default::default(),
-            created_at: 0,
-            revision: 0,
-            attributes: EntryAttributes::default(),
-        });
+        let entry = Entry::asking("unix:uid:1");
         let metrics = Metrics::default();
         let counted = Arc::new(IssuerMetrics::new(metrics.registry()));
         let issuer = Arc::new(EmbeddedIssuer::open(settings, clock, counted).unwrap());
         let cache = JwtCache::new(issuer, clock, Arc::new(StoreMetrics::new(metrics.registry())), 10);
         let audience = audience(&["a"]);
-        let key = key(&id(1), None, &audience);
-        let FoundJwt::Nothing(made) = cache.find(key, &id(1), now) else { panic!("there is none yet") };
+        let key = key(&entry.spiffe_id, None, &audience);
+        let FoundJwt::Nothing(made) = cache.find(key, &entry.spiffe_id, now) else {
+            panic!("there is none yet")
+        };
         let make = || cache.make(key, &made, &entry, &audience, AuditedCaller::of_uid(7));
         let herd = futures_util::future::join_all((0..20).map(|_| make())).await;
         let signed = herd.into_iter().filter(|fetched| fetched.as_ref().unwrap().signed).count();
         assert_eq!(signed, 1, "one of all who ask meanwhile has it signed");
 
         let due = now + Duration::from_secs(200);
-        assert!(matches!(cache.find(key, &id(1), due), FoundJwt::Due(_)));
+        assert!(matches!(cache.find(key, &entry.spiffe_id, due), FoundJwt::Due(_)));
         for later in [0, 2, 60] {
-            let found = cache.find(key, &id(1), due + Duration::from_secs(later));
+            let found = cache.find(key, &entry.spiffe_id, due + Duration::from_secs(later));
             assert!(matches!(found, FoundJwt::Fresh(_)), "after {later} s");
         }
-        assert!(matches!(cache.find(key, &id(1), now + ttl), FoundJwt::Nothing(_)));
+        assert!(matches!(cache.find(key, &entry.spiffe_id, now + ttl), FoundJwt::Nothing(_)));
     }
 
     proptest! {

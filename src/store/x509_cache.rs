@@ -585,7 +585,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        identity::{AskedSelectors, EntryAttributes, KeyType, TrustDomain},
+        identity::{KeyType, TrustDomain},
         issuer::{
             embedded::{EmbeddedIssuer, EmbeddedSettings, IssuerSettings},
             metrics::IssuerMetrics,
@@ -622,19 +622,7 @@ mod tests {
     async fn of_all_who_ask_meanwhile_one_has_it_signed() {
         let dir = tempfile::tempdir().unwrap();
         let cache = X509Cache::new(issuer(dir.path()), Clock::SYSTEM, 10, None);
-        let entry = Arc::new(Entry {
-            id: EntryId::new("1"),
-            spiffe_id: SpiffeId::parse("spiffe://td/web").unwrap(),
-            selectors: AskedSelectors::default(),
-            x509_svid_ttl: None,
-            jwt_svid_ttl: None,
-            hint: "".into(),
-            dns_names: Vec::new(),
-            federates_with: Default::default(),
-            created_at: 0,
-            revision: 0,
-            attributes: EntryAttributes::default(),
-        });
+        let entry = Entry::asking("unix:uid:1");
         let ask = || cache.of_entry(&entry, AuditedCaller::of_uid(1));
         let herd = futures_util::future::join_all((0..20).map(|_| ask())).await;
         assert_eq!(herd.into_iter().filter(|served| served.as_ref().unwrap().signed).count(), 1);
