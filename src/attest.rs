@@ -371,7 +371,8 @@ impl Attestor {
             return Ok(kept);
         }
         let at = Instant::now();
-        let attested = self.attest_anew(questions, process, at).await;
+        // Boxed, as few calls need the room for it.
+        let attested = Box::pin(self.attest_anew(questions, process, at)).await;
         let attested = attested.and_then(|attestation| without_doubt(attestation, questions));
         self.metrics.count(&attested);
         if let (Err(AttestError::Status(ProcReadError::TooManyGroups)), Some(slot)) =

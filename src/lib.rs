@@ -179,10 +179,9 @@
 //! socket: then one that reads slowly could not say so (WINDOW_UPDATE), and both sides would wait for ever. A request that
 //! waits for its own rest gives way, and the end of an answer need not fit, for the same reason ([`peer`]).
 //!
-//! **A request is answered on the task of its connection, if that takes no waiting,** and what a connection has to say leaves
-//! in one system call when its task has nothing more to do. A task for each request, and a call for each of its three
-//! frames, were a third of what a cached answer cost. Sixteen are answered so before others run; what waits gets a
-//! task of its own (`peer/spawner.rs`, `peer/outbox.rs`).
+//! **A request is answered on the task of its connection,** and what a connection has to say leaves in one system call when its
+//! task has nothing more to do. A task for each request, and a call for each of its three frames, were a third of what a
+//! cached answer cost. Sixteen go on so before others run (`peer/streams.rs`, `peer/outbox.rs`).
 //!
 //! **Refusals and mistakes are paced by reading.** They are answered, 5,000 a second to one caller and 20,000 to all, since a
 //! client has to know; beyond that its connections are read no more for a moment. To answer later would keep what was

@@ -1,11 +1,11 @@
 //! What bounds a connection.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use hyper::server::conn::http2;
 use hyper_util::rt::TokioTimer;
 
-use super::{frames::FrameBudget, settings::ListenerSettings, spawner::Spawner, stats::ConnectionStats};
+use super::{frames::FrameBudget, settings::ListenerSettings, streams::Streams};
 use crate::limits::ConnectionSettings;
 
 /// Calls that a client opens before it has heard how many it may: what RFC 9113, section 6.5.2, recommends as the least, and
@@ -108,8 +108,8 @@ impl ConnectionBounds {
         }
     }
 
-    fn http2(&self, stats: &Arc<ConnectionStats>) -> http2::Builder<Spawner> {
-        let mut http2 = http2::Builder::new(Spawner::new(stats));
+    pub(super) fn http2(&self, streams: Streams) -> http2::Builder<Streams> {
+        let mut http2 = http2::Builder::new(streams);
         http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(self.max_concurrent_streams)
@@ -125,17 +125,5 @@ impl ConnectionBounds {
             .keep_alive_timeout(self.keep_alive_timeout)
             .auto_date_header(false);
         http2
-    }
-}
-
-/// What is in force for the connections that are accepted now.
-pub(super) struct InForce {
-    pub(super) bounds: Arc<ConnectionBounds>,
-    pub(super) http2: http2::Builder<Spawner>,
-}
-
-impl InForce {
-    pub(super) fn new(bounds: ConnectionBounds, stats: &Arc<ConnectionStats>) -> Self {
-        Self { http2: bounds.http2(stats), bounds: Arc::new(bounds) }
     }
 }

@@ -18,7 +18,6 @@ use std::{
     time::Duration,
 };
 
-use hyper::server::conn::http2;
 use hyper_util::rt::TokioIo;
 use nix::{
     errno::Errno,
@@ -44,9 +43,9 @@ use super::{
     pauses::Pauses,
     reply::{ReplyPlaces, answer_begun},
     service::{ConnectionService, WatchedService},
-    spawner::Spawner,
     stats::{OpenConnection, Parked},
     stream_places::{FullLook, StreamPlaces},
+    streams::Streams,
     task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
     unread::{LeftUnread, UnreadAnswers},
@@ -97,7 +96,6 @@ impl<G: AcceptGate> Connection<G> {
     pub(super) async fn run(
         mut self,
         stream: Accepted<UnixStream, G::Permit>,
-        http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) {
         let handshake_by = Instant::now() + self.bounds.handshake_timeout;
@@ -117,7 +115,7 @@ impl<G: AcceptGate> Connection<G> {
             }
         }
         // Boxed only now: a parked connection must not carry the room for HTTP/2 in its task.
-        let (why, unread) = Box::pin(self.serve(stream, handshake_by, http2, service)).await;
+        let (why, unread) = Box::pin(self.serve(stream, handshake_by, service)).await;
         self.open.why = why;
         if why == ConnectionEnd::Wasteful {
             tell_wasteful(&self.peer);
@@ -218,7 +216,6 @@ impl<G: AcceptGate> Connection<G> {
         &mut self,
         stream: Accepted<UnixStream, G::Permit>,
         handshake_by: Instant,
-        http2: http2::Builder<Spawner>,
         service: impl ConnectionService,
     ) -> (ConnectionEnd, LeftUnread<G::Permit>) {
         let Self { peer, bounds, phases, holding, open, goes_in, .. } = self;
@@ -249,6 +246,8 @@ impl<G: AcceptGate> Connection<G> {
         };
         let unheard = UnheardHeads { heads, service: &*service, peer, pauses };
         let mut full = FullLook::new(&places, &open.stats);
+        let streams = Streams::new(&open.stats);
+        let http2 = bounds.http2(streams.clone());
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), watched_service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
         let waker = TaskWaker::new();
@@ -263,7 +262,9 @@ impl<G: AcceptGate> Connection<G> {
                     let rounds = if holding.has_room() || turns.is_new() { ROUNDS } else { 1 };
                     let done = waker.poll(cx, rounds, |cx| {
                         ending.read_on();
-                        http2.as_mut().poll(cx)
+                        let done = http2.as_mut().poll(cx);
+                        streams.run(cx);
+                        done
                     });
                     unheard.tell();
                     let sent = outbox.poll_empty(cx);

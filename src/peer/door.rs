@@ -13,7 +13,7 @@ use super::{
     accept_gate::AcceptGate,
     accepted::{Accepted, Closing},
     allowance::Allowance,
-    bounds::InForce,
+    bounds::ConnectionBounds,
     connection::{Connection, ROOM_AGAIN},
     credentials::{Arrival, CredentialsError, KeyResolver, Peer, peer_pidfd_is_of_the_peer},
     drain::note_panic,
@@ -74,7 +74,7 @@ pub(super) struct Door<G: AcceptGate, K, F> {
     pub(super) keys: Arc<K>,
     pub(super) stats: Arc<ConnectionStats>,
     pub(super) services: F,
-    pub(super) in_force: InForce,
+    pub(super) bounds: Arc<ConnectionBounds>,
     pub(super) phase: watch::Sender<Phase>,
     pub(super) connections: JoinSet<()>,
     pub(super) lingering: Lingering,
@@ -251,7 +251,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         now: Instant,
     ) -> Result<(), NotTaken> {
         let family = family.unwrap_or_else(|| self.gate.family(&waits.arrival));
-        let bounds = &self.in_force.bounds;
+        let bounds = &self.bounds;
         let waited_out = self.ends.map_or(waits.until, |ends| waits.until.min(ends));
         let may_wait = now < waited_out && bounds.max_lingering > 0 && !bounds.linger.is_zero();
         let attempt = match (waits.waited, may_wait) {
@@ -316,7 +316,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
 
     /// Keeps one for a moment. Whose place it takes is asked for once more, and then closed.
     fn keep(&mut self, one: Kept, now: Instant) {
-        for Kept { stream, waits, family } in self.lingering.keep(one, now, &self.in_force.bounds) {
+        for Kept { stream, waits, family } in self.lingering.keep(one, now, &self.bounds) {
             let Some(RoomWaiter { arrival, .. }) = waits else { continue };
             let taken = match self.gate.admit_connection(&arrival, Attempt::Last) {
                 Ok(permit) => self.let_in(arrival, stream, permit, family, now),
@@ -378,10 +378,9 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
         }
         // Only now does the runtime hear of it.
         let stream = stream.admit(permit)?;
-        let InForce { bounds, http2 } = &self.in_force;
         let connection = Connection {
             peer: Arc::clone(&peer),
-            bounds: Arc::clone(bounds),
+            bounds: Arc::clone(&self.bounds),
             phases: self.phase.subscribe(),
             open: OpenConnection::count(&self.stats),
             holding,
@@ -391,7 +390,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
             replies: Arc::clone(&self.replies.places),
             family,
         };
-        self.connections.spawn(connection.run(stream, http2.clone(), (self.services)(peer)));
+        self.connections.spawn(connection.run(stream, (self.services)(peer)));
         self.heap.grew_to(self.connections.len());
         Ok(())
     }
@@ -424,7 +423,7 @@ impl<G: AcceptGate, K: KeyResolver, S: ConnectionService, F: Fn(Arc<Peer>) -> S>
     pub(super) fn is_told_to_end(&mut self, now: Instant) {
         let ends = now + FOR_ROOM;
         self.ends = Some(ends);
-        self.lingering.hurry(ends, now, &self.in_force.bounds);
+        self.lingering.hurry(ends, now, &self.bounds);
     }
 }
 

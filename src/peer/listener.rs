@@ -25,7 +25,7 @@ use super::{
     accept_gate::{AcceptGate, AdmitAll},
     accepted::Closing,
     allowance::Allowance,
-    bounds::{ConnectionBounds, InForce},
+    bounds::ConnectionBounds,
     closing::Closers,
     credentials::{KeyResolver, OsUid, Peer},
     door::{Door, RUN},
@@ -111,13 +111,13 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         let allowance = gate.headroom().map(|it| Allowance::start(it, grace_period)).transpose()?;
         let listener = Acceptor::new(listener)?;
         let room = gate.room();
-        let in_force = InForce::new(bounds.borrow_and_update().clone(), &stats);
+        let in_force = Arc::new(bounds.borrow_and_update().clone());
         let mut door = Door {
             gate,
             keys,
             stats,
             services,
-            in_force,
+            bounds: in_force,
             phase: watch::Sender::default(),
             connections: JoinSet::new(),
             lingering: Lingering::default(),
@@ -146,7 +146,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
                 () = at(door.asks_again) => door.have_next_go_in(Instant::now()),
                 Some(ended) = door.connections.join_next() => door.ended(ended),
                 Ok(()) = bounds.changed() => {
-                    door.in_force = InForce::new(bounds.borrow_and_update().clone(), &door.stats);
+                    door.bounds = Arc::new(bounds.borrow_and_update().clone());
                 }
                 () = at(door.paused) => door.paused = None,
                 () = more(&mut door.allowance) => {}
@@ -171,7 +171,7 @@ impl<G: AcceptGate, K: KeyResolver + 'static> Listener<G, K> {
         drop(std::mem::take(&mut door.lingering));
         drop(std::mem::take(&mut door.replies));
         door.phase.send_modify(|phase| phase.draining = true);
-        Ok(drain(door.connections, told_at + door.in_force.bounds.drain_timeout).await)
+        Ok(drain(door.connections, told_at + door.bounds.drain_timeout).await)
     }
 }
 

@@ -4,6 +4,7 @@
 //! the client. They are kept until the task of the connection has done what there is to do, and go together.
 
 use std::{
+    cell::Cell,
     io::{self, IoSlice},
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -17,6 +18,12 @@ use tokio::net::UnixStream;
 
 use super::accepted::Accepted;
 use crate::limits::budget::OUTBOX;
+
+thread_local! {
+    /// What the outboxes of this thread keep their bytes in, one after the other. So many bytes, asked for and given back with every
+    /// answer, have the threads wait for each other at the allocator's lock.
+    static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// A connected socket, and what is to be written on it. Shared by HTTP/2 and the task that serves it.
 #[derive(Debug)]
@@ -61,6 +68,10 @@ impl<P: Send + 'static> Outbox<P> {
         let bytes = bufs.iter().map(|buf| buf.len()).sum::<usize>();
         let mut kept = self.kept();
         if kept.len() + bytes <= OUTBOX {
+            if kept.capacity() == 0 {
+                *kept = SPARE.take();
+                kept.reserve_exact(OUTBOX);
+            }
             bufs.iter().for_each(|buf| kept.extend_from_slice(buf));
             return Poll::Ready(Ok(bytes));
         }
@@ -75,9 +86,16 @@ impl<P: Send + 'static> Outbox<P> {
 
     fn poll_send(&self, cx: &mut Context<'_>, kept: &mut Vec<u8>) -> Poll<io::Result<()>> {
         while !kept.is_empty() {
-            match ready!(self.poll_write(cx, &[IoSlice::new(kept)]))? {
+            let Poll::Ready(written) = self.poll_write(cx, &[IoSlice::new(kept)]) else {
+                kept.shrink_to_fit();
+                return Poll::Pending;
+            };
+            match written? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                all if all == kept.len() => *kept = Vec::new(),
+                all if all == kept.len() => {
+                    kept.clear();
+                    SPARE.set(std::mem::take(kept));
+                }
                 written => drop(kept.drain(..written)),
             }
         }
