@@ -66,7 +66,9 @@ impl Drop for CountedHead {
             self.refuse(&RequestError::Unfinished { bytes }, Limits::note_refused);
         }
         if !self.reached.has_count() {
-            self.journal.ended(self.method, self.code.unwrap_or(Code::Cancelled));
+            // tonic answers who has left as one that sent no message.
+            let code = self.code.filter(|_| !self.reached.was_left());
+            self.journal.ended(self.method, code.unwrap_or(Code::Cancelled));
         }
         if let Some(caller) = &self.caller
             && !self.reached.has_limits()
@@ -101,6 +103,7 @@ impl http_body::Body for CountedBody {
         match &frame {
             Some(Err(BodyError::NoMemory)) => this.reached.lacks_memory(),
             Some(Err(BodyError::Unfinished { bytes })) => this.reached.is_unfinished(*bytes),
+            Some(Err(BodyError::Broken)) => this.reached.is_left(),
             _ => {}
         }
         Poll::Ready(frame)

@@ -21,6 +21,8 @@ struct ReachedPoints {
     lack: AtomicBool,
     /// The bytes of what was not complete on its connection, where they were too many.
     unfinished: AtomicU64,
+    /// Its caller left before it was complete.
+    left: AtomicBool,
 }
 
 impl Reached {
@@ -47,6 +49,15 @@ impl Reached {
     /// Its connection has so many bytes of requests that are not complete, which are too many.
     pub(super) fn is_unfinished(&self, bytes: u64) {
         self.0.unfinished.store(bytes, Relaxed);
+    }
+
+    /// Its caller is gone, and the rest of it does not come.
+    pub(super) fn is_left(&self) {
+        self.0.left.store(true, Relaxed);
+    }
+
+    pub(super) fn was_left(&self) -> bool {
+        self.0.left.load(Relaxed)
     }
 
     pub(super) fn was_unfinished(&self) -> Option<u64> {

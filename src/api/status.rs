@@ -300,7 +300,7 @@ impl From<BodyError> for Status {
             BodyError::Unfinished { bytes } => RequestError::Unfinished { bytes }.into(),
             BodyError::NoMemory => RequestError::NoMemoryToRead.into(),
             // It was reset, or its connection ended.
-            BodyError::Broken(_) => Self::cancelled(error.to_string()),
+            BodyError::Broken => Self::cancelled(error.to_string()),
         }
     }
 }

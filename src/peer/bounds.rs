@@ -5,7 +5,7 @@ use std::time::Duration;
 use hyper::server::conn::http2;
 use hyper_util::rt::TokioTimer;
 
-use super::{frames::FrameBudget, settings::ListenerSettings, streams::Streams};
+use super::{frames::FrameBudget, settings::ListenerSettings, streams::StreamExecutor};
 use crate::limits::ConnectionSettings;
 
 /// Calls that a client opens before it has heard how many it may: what RFC 9113, section 6.5.2, recommends as the least, and
@@ -108,8 +108,8 @@ impl ConnectionBounds {
         }
     }
 
-    pub(super) fn http2(&self, streams: Streams) -> http2::Builder<Streams> {
-        let mut http2 = http2::Builder::new(streams);
+    pub(super) fn http2(&self, executor: StreamExecutor) -> http2::Builder<StreamExecutor> {
+        let mut http2 = http2::Builder::new(executor);
         http2
             .timer(TokioTimer::new())
             .max_concurrent_streams(self.max_concurrent_streams)

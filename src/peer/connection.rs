@@ -45,7 +45,7 @@ use super::{
     service::{ConnectionService, WatchedService},
     stats::{OpenConnection, Parked},
     stream_places::{FullLook, StreamPlaces},
-    streams::Streams,
+    streams::ConnectionStreams,
     task_waker::{ROUNDS, TaskWaker},
     turns::Turns,
     unread::{LeftUnread, UnreadAnswers},
@@ -246,8 +246,8 @@ impl<G: AcceptGate> Connection<G> {
         };
         let unheard = UnheardHeads { heads, service: &*service, peer, pauses };
         let mut full = FullLook::new(&places, &open.stats);
-        let streams = Streams::new(&open.stats);
-        let http2 = bounds.http2(streams.clone());
+        let mut streams = ConnectionStreams::default();
+        let http2 = bounds.http2(streams.executor(&open.stats));
         let mut http2 = std::pin::pin!(http2.serve_connection(TokioIo::new(wire), watched_service));
         let mut look = std::pin::pin!(sleep_until(course.next_look(born)));
         let waker = TaskWaker::new();

@@ -40,7 +40,7 @@ pub enum BodyError {
     NoMemory,
     /// The peer reset the request, or the connection ended.
     #[error("the body of a request ended early")]
-    Broken(#[from] hyper::Error),
+    Broken,
 }
 
 impl From<NoRoom> for BodyError {
@@ -84,14 +84,18 @@ impl Body for RequestBody {
                 Err(lack) => Poll::Ready(Some(Err(lack.into()))),
             };
         };
-        let frame = frame.transpose()?;
+        let Ok(frame) = frame.transpose() else { return Poll::Ready(Some(Err(BodyError::Broken))) };
+        // hyper takes a reset for the end of a body where its peer cancels.
+        let ended = this.body.is_end_stream();
+        if frame.is_none() && !ended {
+            return Poll::Ready(Some(Err(BodyError::Broken)));
+        }
         let more = frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
         this.came = this.came.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
         if this.came > this.most {
             return Poll::Ready(Some(Err(BodyError::TooLong)));
         }
-        // A reset ends it too, and is none of these.
-        if this.body.is_end_stream() {
+        if ended {
             this.upload.is_read_whole(this.came);
         }
         Poll::Ready(frame.map(Ok))

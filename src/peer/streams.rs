@@ -8,11 +8,11 @@ use std::{
     future::{Future, poll_fn},
     panic::AssertUnwindSafe,
     pin::{Pin, pin},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     task::{Context, Poll},
 };
 
-use futures_util::{FutureExt as _, Stream as _, stream::FuturesUnordered};
+use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
 use hyper::rt::Executor;
 use tokio::task::coop::poll_proceed;
 
@@ -22,36 +22,51 @@ use super::stats::{ConnectionStats, OpenStream};
 /// do before others run.
 const COST: u8 = 8;
 
-type Running = FuturesUnordered<Pin<Box<dyn Future<Output = ()> + Send>>>;
+type BoxedStream = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The streams of one connection, and the executor that HTTP/2 gives them to. They end with it.
+/// The streams of one connection. They end with it.
+#[derive(Default)]
+pub(super) struct ConnectionStreams {
+    running: FuturesUnordered<BoxedStream>,
+    begun: Arc<Mutex<Vec<BoxedStream>>>,
+}
+
+/// Where HTTP/2 gives them to be run. Each stream has one of these, so they keep no stream.
 #[derive(Clone)]
-pub(super) struct Streams {
+pub(super) struct StreamExecutor {
     stats: Arc<ConnectionStats>,
-    running: Arc<Mutex<Running>>,
+    begun: Weak<Mutex<Vec<BoxedStream>>>,
 }
 
-impl fmt::Debug for Streams {
+impl fmt::Debug for StreamExecutor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Streams").finish_non_exhaustive()
+        f.debug_struct("StreamExecutor").finish_non_exhaustive()
     }
 }
 
-impl Streams {
-    /// None. They are counted in `stats`.
-    pub(super) fn new(stats: &Arc<ConnectionStats>) -> Self {
-        Self { stats: Arc::clone(stats), running: Arc::default() }
+impl ConnectionStreams {
+    /// Counts in `stats` what it is given.
+    pub(super) fn executor(&self, stats: &Arc<ConnectionStats>) -> StreamExecutor {
+        StreamExecutor { stats: Arc::clone(stats), begun: Arc::downgrade(&self.begun) }
     }
 
-    /// Runs those that can go on, and has `cx` woken when others can. Not to be called by one of them.
-    pub(super) fn run(&self, cx: &mut Context<'_>) {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Poll::Ready(Some(())) = Pin::new(&mut *running).poll_next(cx) {}
+    /// Runs those that can go on, and has `cx` woken when others can.
+    pub(super) fn run(&mut self, cx: &mut Context<'_>) {
+        loop {
+            let begun = || self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+            self.running.extend(begun().drain(..));
+            while let Poll::Ready(Some(())) = self.running.poll_next_unpin(cx) {}
+            // One that ran may have begun another (CONNECT).
+            if begun().is_empty() {
+                return;
+            }
+        }
     }
 }
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamExecutor {
     fn execute(&self, stream: F) {
+        let Some(begun) = self.begun.upgrade() else { return };
         let counted = OpenStream::count(&self.stats);
         let stream = async move {
             let mut stream = pin!(stream);
@@ -69,7 +84,7 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
         };
         // A panic ends this request, not the others of its connection.
         let stream = AssertUnwindSafe(stream).catch_unwind().map(drop);
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(stream));
+        begun.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(stream));
     }
 }
 
@@ -79,12 +94,13 @@ mod tests {
 
     use super::*;
 
-    fn streams() -> (Streams, Arc<ConnectionStats>) {
-        let stats = Arc::default();
-        (Streams::new(&stats), stats)
+    fn streams() -> (ConnectionStreams, StreamExecutor, Arc<ConnectionStats>) {
+        let (streams, stats) = (ConnectionStreams::default(), Arc::default());
+        let executor = streams.executor(&stats);
+        (streams, executor, stats)
     }
 
-    async fn run_once(streams: Streams) {
+    async fn run_once(streams: &mut ConnectionStreams) {
         poll_fn(|cx| {
             streams.run(cx);
             Poll::Ready(())
@@ -92,61 +108,84 @@ mod tests {
         .await;
     }
 
+    /// On a task, until so many are there.
+    async fn run_until(
+        mut streams: ConnectionStreams,
+        stats: Arc<ConnectionStats>,
+        left: u64,
+    ) -> ConnectionStreams {
+        let run = async move {
+            poll_fn(|cx| {
+                streams.run(cx);
+                if stats.streams() == left { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+            streams
+        };
+        tokio::spawn(run).await.unwrap()
+    }
+
     #[tokio::test]
     async fn few_go_on_before_others_run() {
         for (requests, at_once) in [(1, 1), (16, 16), (1000, 16)] {
-            let (streams, stats) = streams();
+            let (mut streams, executor, stats) = streams();
             let answered = Arc::new(AtomicU32::new(0));
             for _ in 0..requests {
                 let answered = Arc::clone(&answered);
-                streams.execute(async move {
+                executor.execute(async move {
                     answered.fetch_add(1, Relaxed);
                 });
             }
             assert_eq!(stats.streams(), requests);
-            tokio::spawn(run_once(streams.clone())).await.unwrap();
+            let once = async move {
+                run_once(&mut streams).await;
+                streams
+            };
+            let streams = tokio::spawn(once).await.unwrap();
             assert_eq!(answered.load(Relaxed), at_once, "of {requests}");
-            let rest = tokio::spawn(poll_fn(move |cx| {
-                streams.run(cx);
-                if answered.load(Relaxed) == u32::try_from(requests).unwrap() {
-                    Poll::Ready(())
-                } else {
-                    Poll::Pending
-                }
-            }));
-            rest.await.unwrap();
-            assert_eq!(stats.streams(), 0);
+            run_until(streams, stats, 0).await;
+            assert_eq!(u64::from(answered.load(Relaxed)), requests);
         }
     }
 
     #[tokio::test]
     async fn what_waits_goes_on_when_it_can_and_ends_with_the_connection() {
-        let (streams, stats) = streams();
+        let (mut streams, executor, stats) = streams();
         let notify = Arc::new(tokio::sync::Notify::new());
         for _ in 0..2 {
-            let waits = Arc::clone(&notify);
-            streams.execute(async move { waits.notified().await });
+            // As HTTP/2 does: each has what it could have others run by.
+            let (waits, executor_too) = (Arc::clone(&notify), executor.clone());
+            executor.execute(async move {
+                waits.notified().await;
+                drop(executor_too);
+            });
         }
-        run_once(streams.clone()).await;
+        run_once(&mut streams).await;
         assert_eq!(stats.streams(), 2);
-        let (theirs, ended) = (streams.clone(), Arc::clone(&stats));
-        let connection = tokio::spawn(poll_fn(move |cx| {
-            theirs.run(cx);
-            if ended.streams() == 1 { Poll::Ready(()) } else { Poll::Pending }
-        }));
+        let connection = tokio::spawn(run_until(streams, Arc::clone(&stats), 1));
         tokio::task::yield_now().await;
         notify.notify_one();
-        connection.await.unwrap();
-        drop(streams);
+        drop(connection.await.unwrap());
+        assert_eq!(stats.streams(), 0);
+        executor.execute(async {});
+        assert_eq!(stats.streams(), 0, "nobody runs it");
+    }
+
+    #[tokio::test]
+    async fn one_that_runs_begins_another() {
+        let (mut streams, executor, stats) = streams();
+        let theirs = executor.clone();
+        executor.execute(async move { theirs.execute(async {}) });
+        run_once(&mut streams).await;
         assert_eq!(stats.streams(), 0);
     }
 
     #[tokio::test]
     async fn a_panic_is_the_requests_own() {
-        let (streams, stats) = streams();
-        streams.execute(async { std::panic::panic_any("of one request") });
-        streams.execute(async {});
-        run_once(streams).await;
+        let (mut streams, executor, stats) = streams();
+        executor.execute(async { std::panic::panic_any("of one request") });
+        executor.execute(async {});
+        run_once(&mut streams).await;
         assert_eq!((stats.streams(), stats.request_panics()), (0, 1));
     }
 }

@@ -258,6 +258,27 @@ fn what_connections_take_is_what_they_are_reckoned_at() {
     agent.wait_for("held", |held| held == 0);
 }
 
+/// However many streams a connection has when its client ends, they end with it.
+#[test]
+fn streams_end_with_their_connection() {
+    let agent = Weighed::start("ended", &format!("{BYTES_ALONE} gate {{ caller {{ unlimited = true }} }}"));
+    for _ in 0..3 {
+        let mut open = agent.connections(6);
+        for stream in &mut open {
+            watch(stream, 0, 40).unwrap();
+        }
+        let streams = || agent.series("durward_streams_open{method=\"FetchX509SVID\"} ");
+        let began = Instant::now();
+        while streams() != 240 {
+            assert!(began.elapsed() < PATIENCE, "{} are open\n{}", streams(), agent.log());
+            assert!(!open.iter_mut().any(drain), "{}", agent.log());
+        }
+        drop(open);
+        agent.wait_for("held", |held| held == 0);
+        assert_eq!(streams(), 0);
+    }
+}
+
 /// Requests that come in one read leave room for as many behind, though each was answered before the next was looked at.
 #[test]
 fn what_a_burst_of_requests_leaves_behind_is_held() {
