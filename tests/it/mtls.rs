@@ -55,12 +55,17 @@ async fn server_process() {
     }
 }
 
-/// Whether a side refused since the library was replacing its keys: its verifier says so, and it presents no certificate. Not
-/// for want of an SVID, of which each side that fails says whether it has one.
+/// Whether a side refused since the library was replacing its keys: its verifier says so, or offers no scheme of signatures, and it
+/// presents no certificate. Not for want of an SVID, of which each side that fails says whether it has one.
 fn keys_are_replaced(error: &str) -> bool {
-    ["PendingRevision", "no server certificate chain resolved", "NoCertificatesPresented"]
-        .iter()
-        .any(|sign| error.contains(sign))
+    [
+        "PendingRevision",
+        "no server certificate chain resolved",
+        "NoCertificatesPresented",
+        "NoSignatureSchemes",
+    ]
+    .iter()
+    .any(|sign| error.contains(sign))
 }
 
 #[tokio::test(flavor = "multi_thread")]
