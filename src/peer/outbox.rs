@@ -5,6 +5,7 @@
 
 use std::{
     cell::Cell,
+    hint::black_box,
     io::{self, IoSlice},
     sync::{
         Mutex, MutexGuard, PoisonError,
@@ -15,14 +16,22 @@ use std::{
 
 use nix::sys::uio::writev;
 use tokio::net::UnixStream;
+use zeroize::Zeroizing;
 
 use super::accepted::Accepted;
 use crate::limits::budget::OUTBOX;
 
 thread_local! {
-    /// What the outboxes of this thread keep their bytes in, one after the other. So many bytes, asked for and given back with every
-    /// answer, have the threads wait for each other at the allocator's lock.
+    /// What the outboxes of this thread keep their bytes in, one after the other; all zero between. So many bytes, asked for and given
+    /// back with every answer, have the threads wait for each other at the allocator's lock.
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Has the next outbox use it. What was in it may have been a key.
+fn spare(kept: &mut Vec<u8>) {
+    black_box(&mut *kept).fill(0);
+    kept.clear();
+    SPARE.set(std::mem::take(kept));
 }
 
 /// A connected socket, and what is to be written on it. Shared by HTTP/2 and the task that serves it.
@@ -30,7 +39,7 @@ thread_local! {
 pub(super) struct Outbox<P: Send + 'static> {
     stream: Accepted<UnixStream, P>,
     /// At most [`OUTBOX`] bytes. While there are none it takes no memory.
-    kept: Mutex<Vec<u8>>,
+    kept: Mutex<Zeroizing<Vec<u8>>>,
     /// The kernel took some since that was asked.
     wrote: AtomicBool,
     /// The kernel had no room once. Until then it is not waited for what the runtime has heard: of a new socket nothing, before
@@ -53,7 +62,7 @@ impl<P: Send + 'static> Outbox<P> {
         &self.stream
     }
 
-    fn kept(&self) -> MutexGuard<'_, Vec<u8>> {
+    fn kept(&self) -> MutexGuard<'_, Zeroizing<Vec<u8>>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -68,9 +77,11 @@ impl<P: Send + 'static> Outbox<P> {
         let bytes = bufs.iter().map(|buf| buf.len()).sum::<usize>();
         let mut kept = self.kept();
         if kept.len() + bytes <= OUTBOX {
-            if kept.capacity() == 0 {
-                *kept = SPARE.take();
-                kept.reserve_exact(OUTBOX);
+            if kept.capacity() - kept.len() < bytes {
+                let mut room = SPARE.take();
+                room.reserve_exact(OUTBOX);
+                room.extend_from_slice(&kept);
+                *kept = Zeroizing::new(room);
             }
             bufs.iter().for_each(|buf| kept.extend_from_slice(buf));
             return Poll::Ready(Ok(bytes));
@@ -87,16 +98,22 @@ impl<P: Send + 'static> Outbox<P> {
     fn poll_send(&self, cx: &mut Context<'_>, kept: &mut Vec<u8>) -> Poll<io::Result<()>> {
         while !kept.is_empty() {
             let Poll::Ready(written) = self.poll_write(cx, &[IoSlice::new(kept)]) else {
-                kept.shrink_to_fit();
+                if kept.capacity() > kept.len() {
+                    let rest = kept.to_vec();
+                    spare(kept);
+                    *kept = rest;
+                }
                 return Poll::Pending;
             };
             match written? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                all if all == kept.len() => {
-                    kept.clear();
-                    SPARE.set(std::mem::take(kept));
+                all if all == kept.len() => spare(kept),
+                written => {
+                    kept.rotate_left(written);
+                    let rest = kept.len().saturating_sub(written);
+                    kept.get_mut(rest..).into_iter().for_each(|sent| sent.fill(0));
+                    kept.truncate(rest);
                 }
-                written => drop(kept.drain(..written)),
             }
         }
         Poll::Ready(Ok(()))
