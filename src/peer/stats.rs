@@ -181,13 +181,14 @@ impl OpenStream {
         stats.streams.fetch_add(1, Relaxed);
         Self(Arc::clone(stats))
     }
+
+    pub(super) fn has_panicked(&self) {
+        self.0.request_panics.fetch_add(1, Relaxed);
+    }
 }
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Relaxed);
-        if std::thread::panicking() {
-            self.0.request_panics.fetch_add(1, Relaxed);
-        }
     }
 }

@@ -5,14 +5,14 @@
 
 use std::{
     fmt,
-    future::{Future, poll_fn},
-    panic::AssertUnwindSafe,
-    pin::{Pin, pin},
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
     sync::{Arc, Mutex, PoisonError, Weak},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
-use futures_util::{FutureExt as _, StreamExt as _, stream::FuturesUnordered};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use hyper::rt::Executor;
 use tokio::task::coop::poll_proceed;
 
@@ -22,20 +22,18 @@ use super::stats::{ConnectionStats, OpenStream};
 /// do before others run.
 const COST: u8 = 8;
 
-type BoxedStream = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// The streams of one connection. They end with it.
 #[derive(Default)]
 pub(super) struct ConnectionStreams {
-    running: FuturesUnordered<BoxedStream>,
-    begun: Arc<Mutex<Vec<BoxedStream>>>,
+    running: FuturesUnordered<RunningStream>,
+    begun: Arc<Mutex<Vec<RunningStream>>>,
 }
 
 /// Where HTTP/2 gives them to be run. Each stream has one of these, so they keep no stream.
 #[derive(Clone)]
 pub(super) struct StreamExecutor {
     stats: Arc<ConnectionStats>,
-    begun: Weak<Mutex<Vec<BoxedStream>>>,
+    begun: Weak<Mutex<Vec<RunningStream>>>,
 }
 
 impl fmt::Debug for StreamExecutor {
@@ -67,30 +65,38 @@ impl ConnectionStreams {
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamExecutor {
     fn execute(&self, stream: F) {
         let Some(begun) = self.begun.upgrade() else { return };
-        let counted = OpenStream::count(&self.stats);
-        let stream = async move {
-            let mut stream = pin!(stream);
-            poll_fn(|cx| {
-                for _ in 0..COST {
-                    match poll_proceed(cx) {
-                        Poll::Ready(spent) => spent.made_progress(),
-                        Poll::Pending => return Poll::Pending,
-                    }
-                }
-                stream.as_mut().poll(cx)
-            })
-            .await;
-            drop(counted);
-        };
+        let stream = RunningStream { stream: Box::pin(stream), counted: OpenStream::count(&self.stats) };
+        begun.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
+    }
+}
+
+struct RunningStream {
+    stream: Pin<Box<dyn Future<Output = ()> + Send>>,
+    counted: OpenStream,
+}
+
+impl Future for RunningStream {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { stream, counted } = self.get_mut();
+        for _ in 0..COST {
+            ready!(poll_proceed(cx)).made_progress();
+        }
         // A panic ends this request, not the others of its connection.
-        let stream = AssertUnwindSafe(stream).catch_unwind().map(drop);
-        begun.lock().unwrap_or_else(PoisonError::into_inner).push(Box::pin(stream));
+        catch_unwind(AssertUnwindSafe(|| stream.as_mut().poll(cx))).unwrap_or_else(|_| {
+            counted.has_panicked();
+            Poll::Ready(())
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+    use std::{
+        future::poll_fn,
+        sync::atomic::{AtomicU32, Ordering::Relaxed},
+    };
 
     use super::*;
 
