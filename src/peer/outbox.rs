@@ -27,11 +27,15 @@ thread_local! {
     static SPARE: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Has the next outbox use it. What was in it may have been a key.
-fn spare(kept: &mut Vec<u8>) {
-    black_box(&mut *kept).fill(0);
-    kept.clear();
-    SPARE.set(std::mem::take(kept));
+/// Keeps what is not written yet, in no more memory than it takes. Where it was, the next outbox keeps its bytes; these may have been
+/// a key.
+fn keep_rest(kept: &mut Vec<u8>, written: usize) {
+    let rest = kept.get(written..).unwrap_or_default().to_vec();
+    let mut room = std::mem::replace(kept, rest);
+    room.fill(0);
+    black_box(&room);
+    room.clear();
+    SPARE.set(room);
 }
 
 /// A connected socket, and what is to be written on it. Shared by HTTP/2 and the task that serves it.
@@ -99,21 +103,13 @@ impl<P: Send + 'static> Outbox<P> {
         while !kept.is_empty() {
             let Poll::Ready(written) = self.poll_write(cx, &[IoSlice::new(kept)]) else {
                 if kept.capacity() > kept.len() {
-                    let rest = kept.to_vec();
-                    spare(kept);
-                    *kept = rest;
+                    keep_rest(kept, 0);
                 }
                 return Poll::Pending;
             };
             match written? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                all if all == kept.len() => spare(kept),
-                written => {
-                    kept.rotate_left(written);
-                    let rest = kept.len().saturating_sub(written);
-                    kept.get_mut(rest..).into_iter().for_each(|sent| sent.fill(0));
-                    kept.truncate(rest);
-                }
+                written => keep_rest(kept, written),
             }
         }
         Poll::Ready(Ok(()))

@@ -84,12 +84,12 @@ impl Body for RequestBody {
                 Err(lack) => Poll::Ready(Some(Err(lack.into()))),
             };
         };
-        let Ok(frame) = frame.transpose() else { return Poll::Ready(Some(Err(BodyError::Broken))) };
-        // hyper takes a reset for the end of a body where its peer cancels.
         let ended = this.body.is_end_stream();
-        if frame.is_none() && !ended {
-            return Poll::Ready(Some(Err(BodyError::Broken)));
-        }
+        let frame = match frame.transpose() {
+            Ok(frame) if frame.is_some() || ended => frame,
+            // hyper takes a reset for the end of a body where its peer cancels.
+            _ => return Poll::Ready(Some(Err(BodyError::Broken))),
+        };
         let more = frame.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len);
         this.came = this.came.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
         if this.came > this.most {

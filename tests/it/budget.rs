@@ -681,22 +681,24 @@ async fn what_is_refused_for_unfinished_requests_is_said() {
     assert!(used < LIMIT, "{used}");
 
     let uid = geteuid();
-    for line in [
-        format!(
-            "than may be then: make fewer large requests at once method=FetchJWTSVID caller=uid:{uid} pid={} bytes=",
-            std::process::id()
-        ),
-        // Of the first that is refused, which need not be the first that is answered.
-        format!(" most={most}"),
-        format!("audit: call refused caller=uid:{uid}"),
-        "reason=unfinished".to_owned(),
-    ] {
+    let what = format!(
+        "than may be then: make fewer large requests at once method=FetchJWTSVID caller=uid:{uid} pid={} bytes=",
+        std::process::id()
+    );
+    for line in
+        [what.clone(), format!("audit: call refused caller=uid:{uid}"), "reason=unfinished".to_owned()]
+    {
         let began = std::time::Instant::now();
         while !place.log().contains(&line) {
             assert!(began.elapsed() < PATIENCE, "{line}: {}", place.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+    // Of the first that is refused, which need not be the first that is answered.
+    let log = place.log();
+    let said = log.split_once(&what).and_then(|(_, said)| said.split_once(" most=")).unwrap();
+    let (bytes, rest) = (said.0.parse::<u64>().unwrap(), said.1.split_whitespace().next());
+    assert!(bytes > UPLOADS && rest == Some(most), "{log}");
     let told = place.told(&["limits"], "FetchJWTSVID");
     let row = told.lines().find(|line| line.contains("FetchJWTSVID")).unwrap();
     let row: Vec<&str> = row.split_whitespace().collect();

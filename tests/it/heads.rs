@@ -142,6 +142,14 @@ const KINDS: &[Kind] = &[
     ("no question", REFLECTION, &[], Then::Body(&[0, 0, 0, 0, 1, 0xff]), "Other OK", true),
 ];
 
+/// A connection that lasts as long as the test.
+async fn http2(agent: &TestAgent) -> SendRequest<Bytes> {
+    let stream = UnixStream::connect(agent.socket()).await.unwrap();
+    let (http2, connection) = h2::client::handshake(stream).await.unwrap();
+    let _connection = tokio::spawn(connection);
+    http2
+}
+
 /// Sends a request of this kind, and reads its answer to the end.
 async fn send(
     http2: &mut SendRequest<Bytes>,
@@ -334,9 +342,7 @@ async fn fields_behind_a_body_end_no_other_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connect_is_no_call() {
     let agent = TestAgent::start(&entry("/own", ""));
-    let stream = UnixStream::connect(agent.socket()).await.unwrap();
-    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
-    let _connection = tokio::spawn(connection);
+    let mut http2 = http2(&agent).await;
     for nth in 0..20 {
         let uri =
             if nth % 2 == 0 { "localhost:443" } else { "http://localhost/SpiffeWorkloadAPI/FetchJWTSVID" };
@@ -355,9 +361,7 @@ async fn a_connect_is_no_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_nobody_could_refuse_is_owed() {
     let agent = TestAgent::start("ratelimit { caller { method \"Other\" { rate = 50 burst = 50 } } }");
-    let stream = UnixStream::connect(agent.socket()).await.unwrap();
-    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
-    let _connection = tokio::spawn(connection);
+    let mut http2 = http2(&agent).await;
     for _ in 0..500 {
         send(&mut http2, JWT, &[], Then::Body(AUDIENCE)).await.unwrap();
     }
@@ -379,9 +383,7 @@ async fn what_is_no_grpc_is_told_so() {
         "ratelimit {{ caller {{ method \"Other\" {{ rate = 1 per = \"hour\" burst = {BURST} }} }} }}\n{}",
         entry("/own", "")
     ));
-    let stream = UnixStream::connect(agent.socket()).await.unwrap();
-    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
-    let _connection = tokio::spawn(connection);
+    let mut http2 = http2(&agent).await;
     let mut wrong = 0;
     for (method, content_type, http, grpc, text) in [
         ("POST", Some("application/grpc"), 200, "0", ""),
@@ -494,9 +496,7 @@ async fn a_defect_ends_its_call_as_internal_and_the_connection_serves_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_ends_with_its_time() {
     let agent = TestAgent::start(&entry("/own", ""));
-    let stream = UnixStream::connect(agent.socket()).await.unwrap();
-    let (mut http2, connection) = h2::client::handshake(stream).await.unwrap();
-    let _connection = tokio::spawn(connection);
+    let mut http2 = http2(&agent).await;
     let request = Request::post(format!("http://localhost{X509}"))
         .header("content-type", "application/grpc")
         .header("workload.spiffe.io", "true")
